@@ -1,0 +1,22 @@
+"""Text-to-image diffusion for medical images, from scratch in readable PyTorch.
+
+import nanomed
+system = nanomed.load("weights/msdm-tiny")
+images = system.sample(["Generate an image containing a polyp."], noise)        # (1, 3, H, W) in [0, 1]
+"""
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+
+try:
+    __version__ = _version("nanomed")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str):
+    if name == "load":  # torch is imported when a system is, not when the package is
+        from nanomed.systems import load
+
+        return load
+    raise AttributeError(f"module 'nanomed' has no attribute {name!r}")

@@ -1,0 +1,41 @@
+"""Files to images and prompts: one reader a file, all of them to one table.
+
+toy, toy:N        the embedded world (toy.py), N images
+clef:DIR          ImageCLEFmed MEDVQA-GI
+folder:DIR        images with metadata.csv or metadata.jsonl, or a .txt beside each
+kvasir:DIR        class folders, captions from their names
+ham10000:DIR      metadata CSV with diagnoses
+skin:DIR          Med-Art's eight skin lesion classes, in folders
+"""
+
+from pathlib import Path
+
+from nanomed.data.table import DataError, Row, Table, with_paraphrases
+
+__all__ = ["DataError", "Row", "Table", "load", "with_paraphrases"]
+
+TOY_IMAGES = 2000
+
+
+def load(spec: str, cache: str | Path = "runs/cache", size: int = 256) -> Table:
+    """Read a data set named as above. The toy world is rendered for images of `size` pixels into `cache` once, and
+    read back by the reader of the organisers' layout."""
+    kind, _, where = spec.partition(":")
+    if kind == "toy":
+        from nanomed.data import clef, toy
+
+        if where and not where.isdigit():
+            raise DataError(f"{spec}: say toy:N with the number of images")
+        number, side = int(where or TOY_IMAGES), max(64, min(2 * size, 256))
+        folder = Path(cache) / f"toy-{number}-{side}px-{toy.version()}"
+        if not (folder / "prompt-gt.csv").is_file():
+            toy.write(folder, number, side)
+        return clef.load(folder)
+    readers = {"clef": "clef", "folder": "folder", "kvasir": "classes", "skin": "classes", "ham10000": "ham10000"}
+    if kind not in readers or not where:
+        names = ", ".join(f"{name}:DIR" for name in readers)
+        raise DataError(f"--data {spec}: say toy, toy:N, {names}")
+    import importlib
+
+    module = importlib.import_module(f"nanomed.data.{readers[kind]}")
+    return module.load(where, kind) if readers[kind] == "classes" else module.load(where)

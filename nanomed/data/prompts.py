@@ -1,0 +1,34 @@
+"""A file of prompts: what `sample.py --prompts` reads."""
+
+from pathlib import Path
+
+from nanomed.data.table import DataError, column, read_csv, read_text
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, in order; repetitions stay.
+
+    A `.csv` or `.tsv` file needs a column `prompt`, `Prompt` or `text` (or one column alone); other columns are
+    ignored, and an empty prompt means: no condition. Any other file is one prompt a line.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        lines = read_text(path).splitlines()
+        while lines and not lines[-1].strip():
+            lines.pop()
+        prompts = [line.strip() for line in lines]
+    else:
+        records = read_csv(path)
+        if not records:
+            raise DataError(f"{path}: no prompts below the header")
+        name = column(records[0][1], ("prompt", "text", "caption")) or _only(records[0][1])
+        if name is None:
+            raise DataError(f"{path}:1: no column prompt, Prompt or text among {', '.join(records[0][1])}")
+        prompts = [record[name].strip() for _, record in records]
+    if not prompts:
+        raise DataError(f"{path}: no prompts")
+    return prompts
+
+
+def _only(record: dict[str, str]) -> str | None:
+    return next(iter(record)) if len(record) == 1 else None

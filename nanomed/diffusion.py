@@ -1,0 +1,166 @@
+"""The noising process, and what a network says about it.
+
+    q(x_t | x_0) = N( sqrt(abar_t) x_0, (1 - abar_t) I )            Ho et al. 2020, eq. 4
+
+A `Diffusion` is the table abar_0 .. abar_999 with a convention: what the network predicts (epsilon, the sample, or v),
+which timesteps a sampler visits, and whether the estimate of x_0 is clamped. It knows no network. `guided` and
+`self_conditioned` are closures around a network; samplers (samplers.py) call the closure and know neither.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Cond = dict[str, Tensor]  # what a denoiser is conditioned on, batch first: denoiser(x, t, **cond)
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t, t int64 (B,)) -> the network's prediction
+
+
+@dataclass
+class Diffusion:
+    """A discrete Gaussian diffusion, from the settings that a `scheduler_config.json` holds.
+
+    schedule     "linear" | "scaled_linear" | "squaredcos"; the last ignores beta_start and beta_end
+    prediction   "epsilon" | "sample" | "v": the network's target
+    spacing      the grid of `timesteps(steps)`: "msdm" | "linspace" | "leading" | "unclip"
+    offset       added to the "leading" grid
+    clip         clamp x_0 estimates to [-clip, clip]; 0 = never
+    threshold    dynamic thresholding quantile (Saharia et al. 2022), 0 = off; replaces the clamp
+    final_alpha  abar after the last step: 1 (all systems but SD's PNDM, which keeps abar_0)
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    schedule: str = "linear"
+    prediction: str = "epsilon"
+    spacing: str = "linspace"
+    offset: int = 0
+    clip: float = 0.0
+    threshold: float = 0.0
+    final_alpha: float = 1.0
+    length: int = 1000
+    betas: Tensor = field(init=False, repr=False)  # (length,) float32
+    alphas_cumprod: Tensor = field(init=False, repr=False)  # (length,) float32
+
+    def __post_init__(self) -> None:
+        self.betas = self._betas().float()  # rounded before the product, as every published scheduler does
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def _betas(self) -> Tensor:
+        if self.schedule == "linear":
+            return torch.linspace(self.beta_start, self.beta_end, self.length, dtype=torch.float64)
+        if self.schedule == "scaled_linear":
+            ends = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+            return torch.linspace(*ends, self.length, dtype=torch.float64) ** 2
+        if self.schedule == "squaredcos":  # Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999
+            u = torch.arange(self.length + 1, dtype=torch.float64) / self.length
+            abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+        raise ValueError(f"noise schedule {self.schedule!r} is not linear, scaled_linear or squaredcos")
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The descending grid of `steps` timesteps that a sampler visits."""
+        if not 1 <= steps <= self.length:
+            raise ValueError(f"steps = {steps}: choose between 1 and {self.length}")
+        last = self.length - 1
+        if self.spacing == "msdm":  # floor(i 999 / (S - 1)), both ends included
+            grid = [i * last // max(steps - 1, 1) for i in range(steps)] if steps > 1 else [last]
+        elif self.spacing == "linspace":  # 0 is the clean end and is not visited
+            grid = [round(i * last / steps) for i in range(1, steps + 1)]
+        elif self.spacing == "leading":  # ends below 999: with 150 steps the first timestep is 895
+            grid = [i * (self.length // steps) + self.offset for i in range(steps)]
+        elif self.spacing == "unclip":
+            grid = [round(i * last / max(steps - 1, 1)) for i in range(steps)] if steps > 1 else [0]
+        else:
+            raise ValueError(f"timestep spacing {self.spacing!r} is not msdm, linspace, leading or unclip")
+        return grid[::-1]
+
+    def abar(self, t: Tensor | int, like: Tensor) -> Tensor | float:
+        """abar_t, shaped to multiply `like` (B, ...); a float for an int t."""
+        if isinstance(t, int):
+            return self.alphas_cumprod[t].item()
+        if t.device not in self._on_device:
+            self._on_device[t.device] = self.alphas_cumprod.to(t.device)
+        return self._on_device[t.device][t].view(-1, *[1] * (like.ndim - 1))
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for t (B,)."""
+        abar = self.abar(t, x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should output at x_t; v is Salimans & Ho 2022, eq. in section 4."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x0
+        abar = self.abar(t, x0)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * x0
+
+    def estimates(self, prediction: Tensor, x: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The pair (x_0, epsilon) that the prediction implies at x_t; x_0 clamped as the settings say."""
+        abar = self.abar(t, x)
+        signal, sigma = abar**0.5, (1 - abar) ** 0.5
+        if self.prediction == "epsilon":
+            x0, noise = (x - sigma * prediction) / signal, prediction
+        elif self.prediction == "sample":
+            x0, noise = prediction, (x - signal * prediction) / sigma
+        else:
+            x0, noise = signal * x - sigma * prediction, signal * prediction + sigma * x
+        if self.threshold:
+            limit = x0.flatten(1).abs().float().quantile(self.threshold, dim=1).to(x0.dtype)
+            limit = limit.clamp(1.0, self.clip or 1.0).view(-1, *[1] * (x0.ndim - 1))
+            x0 = x0.clamp(-limit, limit) / limit
+        elif self.clip:
+            x0 = x0.clamp(-self.clip, self.clip)
+        return x0, noise
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio abar / (1 - abar), (B,)."""
+        abar = self.abar(t, t)
+        return abar / (1 - abar)
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Min-SNR-gamma loss weights (B,), Hang et al. 2023, section 3.4: the x_0 weight min(SNR, gamma), divided by
+        SNR for a network that predicts epsilon and by SNR + 1 for v."""
+        snr = self.snr(t)
+        divide = {"epsilon": snr, "sample": torch.ones_like(snr), "v": snr + 1}[self.prediction]
+        return snr.clamp(max=gamma) / divide
+
+
+def guided(denoiser: Callable[..., Tensor], cond: Cond, null: Cond, scale: float) -> Callable[..., Tensor]:
+    """Classifier-free guidance (Ho & Salimans 2022): null + scale (cond - null), on the scale where 1 means none.
+
+    Papers that write (1 + g) cond - g null count from 0: their g is scale - 1. The two branches share one call of the
+    network, null first. Keyword arguments of the closure go to both branches.
+    """
+    if scale == 1:
+        return lambda x, t, **extra: denoiser(x, t, **cond, **extra)
+    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
+
+    def denoise(x: Tensor, t: Tensor, **extra: Tensor) -> Tensor:
+        doubled = {name: torch.cat([value, value]) for name, value in extra.items()}
+        out = denoiser(torch.cat([x, x]), torch.cat([t, t]), **both, **doubled)
+        without, with_prompt = out.chunk(2)
+        return torch.lerp(without, with_prompt, scale)
+
+    return denoise
+
+
+def self_conditioned(denoise: Callable[..., Tensor], diffusion: Diffusion) -> Denoise:
+    """Feed the previous step's estimate of x_0 back in as `self_cond` (Chen et al. 2023); zeros on the first step.
+
+    The closure remembers, so make one per sample.
+    """
+    previous = None
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal previous
+        out = denoise(x, t, self_cond=torch.zeros_like(x) if previous is None else previous)
+        previous = diffusion.estimates(out, x, t)[0]
+        return out
+
+    return step

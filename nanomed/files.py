@@ -1,0 +1,115 @@
+"""Files that are whole or absent.
+
+Everything nanomed writes goes to a temporary name in the same folder, is flushed to the disk and only then renamed,
+so a reader (or a restart after `kill -9`) sees the old file, the new file, or none, and never half of one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .name.<pid>.tmp
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to; on leaving, flush it to disk and rename it to `path`.
+
+    If the body raises, the temporary file is removed and `path` stays as it was. Works for folders too: then the
+    files in it are flushed one by one and the folder takes the final name in one rename, which must be free.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                _sync(file)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically, with the newlines it has."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; `metadata` is added to `{"format": "pt"}`."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt"} | (metadata or {}))
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Float images (..., 3, H, W) in [0, 1] to uint8 (..., H, W, 3) on the CPU, rounded to nearest."""
+    return (images * 255).round().to(torch.uint8).movedim(-3, -1).contiguous().cpu()
+
+
+def write_png(path: str | Path, image: torch.Tensor) -> None:
+    """A uint8 image (H, W, 3) as an 8-bit RGB PNG, atomically; no metadata."""
+    from PIL import Image
+
+    with atomic(path) as temporary:
+        Image.fromarray(image.numpy()).save(temporary, format="PNG")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove temporary files and folders below `folder` whose writer no longer lives."""
+    for path in Path(folder).rglob(".*.tmp"):
+        match = _TEMPORARY.match(path.name)
+        if match and not _alive(int(match.group(1))):
+            _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIG_DFL)  # signal 0 asks only whether the process exists
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for child in path.iterdir():
+            _remove(child)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)

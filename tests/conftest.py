@@ -1,0 +1,45 @@
+"""What several test files share: tolerances as the project defines them, and the optional real vocabularies."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# torchvision is a test oracle only (pytorch-fid and torch-fidelity import it). Its binary wheel brings operators for
+# CUDA builds of torch; beside a CPU build, its Python side imports once the operators it decorates are declared.
+_declared = []
+for _operator in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+):
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        _library.define(_operator)
+    except RuntimeError:  # this torchvision matches this torch and has declared it itself
+        pass
+    _declared.append(_library)
+
+
+def close(out: torch.Tensor, ref: torch.Tensor, tolerance: float) -> None:
+    """max|out - ref| <= tolerance * max(1, max|ref|), and the same shape."""
+    assert out.shape == ref.shape, f"{tuple(out.shape)} is not {tuple(ref.shape)}"
+    error = (out.double() - ref.double()).abs().max().item()
+    bound = tolerance * max(1.0, ref.double().abs().max().item())
+    assert error <= bound, f"error {error:.3e} is above {bound:.3e}"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Golden tensors and ids, made once with the reference implementations."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The published tokenizer files, which are not in the repository. Tests on them skip where they are absent."""
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("NANOMED_TEST_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("published vocabularies are absent: set NANOMED_TEST_DATA to a folder with clip/, t5/, bert/")
+    return folder

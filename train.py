@@ -1,0 +1,243 @@
+"""Train any system.
+
+    python train.py --model msdm-tiny                                      no data, no weights, no GPU needed
+    torchrun --nproc-per-node 4 train.py --model msdm --data clef:DIR      the paper
+    python train.py --model msdm --resume latest                           go on exactly where a run stopped
+
+Read from `main` downwards: the order of the file is the order of events.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanomed import runtime
+
+
+@dataclass
+class Config:
+    model: str = "msdm"  # a name from nanomed/systems/__init__.py
+    data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR
+    out: str = "runs"  # where run folders are made
+    stage: str = ""  # one stage of the model; empty: all of them, in the paper's order
+    size: int | None = None  # side of the images in pixels; empty: the model's own
+    steps: int = 100_000  # optimizer steps of a stage
+    batch: int = 32  # samples at a time on each process
+    accumulate: int = 1  # backward passes in one step
+    lr: float = 1e-4  # learning rate
+    schedule: str = "constant"  # constant | cosine | linear, after the warm-up
+    warmup: int = 0  # steps over which the learning rate rises
+    weight_decay: float = 0.0  # of AdamW; the paper's is 0, not AdamW's default
+    clip: float = 1.0  # limit on the norm of all gradients; 0 = none
+    ema: float = 0.999  # decay of the averaged weights; 0 = no average
+    snr_gamma: float = 0.0  # min-SNR weighting of the loss; 0 = off
+    precision: str = "fp32"  # fp32, bf16 or fp16 autocast
+    compile: bool = False  # torch.compile the trained network
+    allocator: bool = False  # CPU: keep freed memory instead of returning it (faster steps, more resident memory)
+    augment: bool = True  # random square crops and colour jitter, as the paper; else centre crops
+    views: int = 8  # random crops of an image whose latents are cached; 0 = encode live, a new crop every time
+    paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase FILE makes one)
+    strategy: str = "add"  # add | some | all: paraphrases as pairs of their own, in place with p = 0.5, or always
+    valid: float = 0.1  # share of the images held out, by image
+    save_every: int = 1000  # steps between checkpoints, each with a validation and a grid
+    keep: int = 2  # checkpoints kept, besides the best
+    grid_prompts: str = ""  # file of prompts for the grids; empty: the first ones held out
+    score_images: int = 64  # images drawn at every checkpoint to choose the best; 0: choose by validation loss
+    test_prompts: str = ""  # file of prompts to draw and evaluate at the end
+    seed: int = 2204  # of everything
+    log_every: int = 50  # steps between lines of the log
+    tensorboard: bool = False  # also write TensorBoard files, where it is installed
+    resume: str = ""  # "latest" or a run folder
+    weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
+    cache: str = "runs/cache"  # where latents and text states are kept
+    dry_run: bool = False  # print parameters, memory, time and disk, then stop
+
+
+def main() -> int:
+    config = runtime.parse(Config, presets=_common_recipe, description=__doc__)
+    rank, world, device = runtime.init()
+    if config.allocator:
+        runtime.keep_memory()
+
+    from nanomed import data, runs, systems, training
+
+    torch.manual_seed(config.seed)  # the same initial weights on every process
+    options = {"size": config.size} if config.size else {}
+    if config.snr_gamma:
+        options["snr_gamma"] = config.snr_gamma
+    system = systems.build(config.model, config.weights or None, random=config.dry_run, **options).to(device)
+    if config.dry_run:
+        for stage in [config.stage] if config.stage else system.stages:
+            training.dry_run(_for_stage(config, stage), system, stage, device)
+        return 0
+
+    stop = runtime.StopSignal()
+    table = data.load(config.data, Path(config.cache), system.size)
+    if config.paraphrases:
+        table = data.with_paraphrases(table, config.paraphrases, config.strategy)
+    train, valid = table.split(config.valid, config.seed)
+    settings = asdict(config) | {"world": world}
+    if config.resume:
+        found = runs.newest(config.out, config.model) if config.resume == "latest" else config.resume
+        if found is None:
+            raise runtime.UsageError(f"--resume latest: no run of {config.model} in {config.out}")
+        run = runs.Run.resume(found, settings, world, rank)
+    else:
+        run = runs.Run.create(config.out, settings, rank)
+    if rank == 0:
+        print(f"{run.folder}: {config.model} on {len(train.rows)} images ({len(valid.rows)} held out), {device}")
+
+    for stage in [config.stage] if config.stage else system.stages:
+        if stage in run.state["stages"]:
+            system.resume(stage, run.folder / "model")
+            continue
+        finished = train_stage(_for_stage(config, stage), system, stage, run, train, valid, stop, rank, world, device)
+        if not finished:
+            run.update(status="preempted")
+            if rank == 0:
+                print(f"{stop.received}: state saved; go on with --resume {run.folder}")
+            return runtime.PREEMPTED
+        run.update(stages=[*run.state["stages"], stage])
+
+    results = {}
+    if config.test_prompts and not config.stage:
+        results = training.draw_and_evaluate(config, system, run, valid, rank, world, device)
+    if rank == 0:
+        from nanomed import files
+
+        files.write_text(run.folder / "README.md", runs.model_card(settings, results))
+        print(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
+    run.update(status="done")
+    return 0
+
+
+def _common_recipe(model: str) -> dict:
+    from nanomed import systems
+
+    return systems.recipe(model)
+
+
+def _for_stage(config: Config, stage: str) -> Config:
+    """The settings of one stage: the command line, else the stage's recipe, else what all stages have in common."""
+    from nanomed import systems
+
+    recipe = {k: v for k, v in systems.recipe(config.model, stage).items() if k not in config.given}
+    staged = replace(config, **recipe)
+    staged.given = config.given
+    return staged
+
+
+def train_stage(config, system, stage, run, train, valid, stop, rank, world, device) -> bool:
+    """Train one stage to its end; False when it was asked to stop and has saved its state."""
+    from nanomed import training
+
+    params = system.trainable(stage)
+    if (missing := system.load_optional(stage, config.weights or None)) and rank == 0:
+        print(missing)
+    optimizer = torch.optim.AdamW(params.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    ema = runtime.EMA(params, config.ema) if config.ema else None
+    step, best, skipped, in_a_row = 0, None, 0, 0
+    if (state := run.restore(stage, params, optimizer, ema)) is not None:
+        step, best, skipped = state["step"], state["best"], state["skipped"]
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+    if rank == 0:
+        count = sum(p.numel() for p in params.values())
+        print(f"stage {stage}: {count:,} parameters, steps {step:,} to {config.steps:,} of {config.batch} x {world}")
+    batches = training.batches(config, system, stage, train, rank, world, device)
+    judge = training.Judge(config, system, stage, run, valid, rank, world, device)
+    forward = torch.compile(system) if config.compile else system
+    progress = tqdm(total=config.steps, initial=step, desc=stage, unit="step", disable=rank > 0, mininterval=1.0)
+    since, seen = time.monotonic(), step
+
+    while step < config.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        for micro in range(config.accumulate):
+            batch = to_device(batches[step * config.accumulate + micro], device)
+            torch.manual_seed(runtime.seed_of(config.seed, stage, step, micro, rank))  # all the randomness of this pass
+            with runtime.autocast(config.precision, device):
+                losses = forward(batch, stage, step)
+            scaler.scale(losses["loss"] / config.accumulate).backward()
+        runtime.average_gradients(params.values())
+        scaler.unscale_(optimizer)
+        norm, clipped = runtime.clip_gradients(list(params.values()), config.clip)
+
+        broken = runtime.any_rank(not torch.isfinite(norm + losses["loss"].detach()).item(), device)
+        if not broken or scaler.is_enabled():  # the fp16 scaler itself skips steps that overflow, and scales down
+            scaler.step(optimizer)
+            scaler.update()
+            if ema and not broken:
+                ema.update()
+        in_a_row = in_a_row + 1 if broken and not scaler.is_enabled() else 0
+        skipped += broken
+        optimizer.zero_grad()
+        step += 1
+        progress.update()
+
+        if step % config.log_every == 0 or step == config.steps or broken:
+            pace = (step - seen) / max(time.monotonic() - since, 1e-9)
+            shown = {name: round(value.item(), 6) for name, value in losses.items() if torch.isfinite(value)}
+            progress.set_postfix(loss=shown.get("loss"), refresh=False)
+            run.log(stage=stage, step=step, **shown, grad_norm=runtime.number(norm), clipped=clipped, skipped=skipped,
+                    lr=learning_rate(config, step - 1), images_per_second=round(pace * config.batch * world * config.accumulate, 2),
+                    memory_gb=round(runtime.peak_memory(device) / 1e9, 3))  # fmt: skip
+            since, seen = time.monotonic(), step
+        if in_a_row == 3:
+            raise FloatingPointError(
+                f"{stage}: loss or gradient was not finite for 3 steps in a row, up to step {step}; the weights are those "
+                f"before them. Lower --lr, or use --precision bf16 or fp32"
+            )
+        leaving = runtime.any_rank(bool(stop.received), device)
+        if step % config.save_every == 0 or step == config.steps or leaving:
+            score = None
+            if not leaving or step == config.steps:
+                score = judge(step, ema)
+                if score is not None and (best is None or score < best["score"]):
+                    best = {"step": step, "score": score, "by": judge.measure}
+            run.save(stage, step, params, optimizer, ema, {
+                "best": best, "skipped": skipped, "ema_updates": ema.updates if ema else 0, "scaler": scaler.state_dict(),
+            })  # fmt: skip
+            run.prune(stage, config.keep, best and best["step"])
+            since, seen = time.monotonic(), step
+            if leaving and step < config.steps:
+                progress.close()
+                batches.close()
+                return False
+
+    progress.close()
+    batches.close()
+    with torch.no_grad():
+        for name, tensor in run.weights_of(stage, best["step"]).items():
+            params[name].copy_(tensor)
+        measured = system.finish(stage, training.images_of(train, system.size, device))
+    run.log(stage=stage, step=step, best=best, **measured)
+    if rank == 0:
+        print(f"stage {stage}: keeping step {best['step']}, the lowest {best['by']} ({best['score']:.4f})")
+        system.save(run.folder / "model", [*system.stages[stage]])
+    runtime.barrier()
+    return True
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then constant, or falling to zero at the last step by a cosine or a line."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    factors = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
+    if config.schedule not in factors:
+        raise runtime.UsageError(f"--schedule {config.schedule}: choose constant, cosine or linear")
+    return config.lr * factors[config.schedule]
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+if __name__ == "__main__":
+    runtime.main(main)
