@@ -69,7 +69,8 @@ def main() -> int:
     options = {"size": config.size} if config.size else {}
     if config.snr_gamma:
         options["snr_gamma"] = config.snr_gamma
-    system = systems.build(config.model, config.weights or None, random=config.dry_run, **options).to(device)
+    system = systems.build(config.model, config.weights or None, random=config.dry_run, **options)
+    system.to(device, memory_format=torch.channels_last)  # convolutions of small maps run twice as fast on CPUs
     if config.dry_run:
         for stage in [config.stage] if config.stage else system.stages:
             training.dry_run(_for_stage(config, stage), system, stage, device)

@@ -139,7 +139,7 @@ class Run:
         if self.rank == 0 and not folder.exists():
             names = {param: name for name, param in params.items()}
             moments = {
-                f"{names[param]}/{key}": value.reshape(value.shape)
+                f"{names[param]}/{key}": value
                 for param, values in optimizer.state.items()
                 for key, value in values.items()
             }
@@ -174,9 +174,9 @@ class Run:
                 ema.updates = state["ema_updates"]
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)
-            param = params[name]
-            keep_on_cpu = entry == "step" and not optimizer.defaults.get("fused")
-            optimizer.state[param][entry] = value.clone() if keep_on_cpu else value.to(param.device, copy=True)
+            if value.shape == params[name].shape and entry != "step":  # moments lie in memory as their parameter does
+                value = torch.empty_like(params[name]).copy_(value)
+            optimizer.state[params[name]][entry] = value.to(params[name].device)
         return state
 
     def prune(self, stage: str, keep: int, best: int | None) -> None:

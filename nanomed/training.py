@@ -172,7 +172,7 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
     optimizer = torch.optim.AdamW(params.values(), lr=0.0, fused=True)
 
     def steps(batch: int) -> tuple[float, float]:
-        for attempt in range(2):  # the first one also allocates the optimizer's state
+        for _ in range(2):  # the first one also allocates the optimizer's state
             start = time.monotonic()
             with runtime.autocast(config.precision, device):
                 loss = system(system.example(stage, batch, device), stage, 1)["loss"]

@@ -96,7 +96,7 @@ def _grey(values: np.ndarray) -> Image.Image:
 
 def to_unit(array: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) to float (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(array)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _square(image: Image.Image, left: int, top: int, size: int) -> Image.Image:

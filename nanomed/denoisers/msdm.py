@@ -81,6 +81,11 @@ class Up(nn.Module):
 # ------------------------------------------------------------------------------------------------ attention to text
 
 
+def keep_variance(linear: nn.Linear) -> None:
+    """Start with unit gain; PyTorch's default shrinks a signal to 0.58 at every layer."""
+    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+
 class Attention(nn.Module):
     """Multi-head attention of queries (B, N, C) to keys and values made from a context (B, L, D); no biases."""
 
@@ -91,6 +96,11 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context, channels, bias=False)
         self.to_v = nn.Linear(context, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.Dropout(dropout))
+        for linear in (self.to_q, self.to_k, self.to_v):
+            keep_variance(linear)
+        # Text that says nothing yet is noise, and a network first learns to suppress noise: then it stays deaf to its
+        # prompt for thousands of steps. So text starts at full strength behind a closed gate.
+        nn.init.zeros_(self.to_out[0].weight)
 
     def keys_values(self, context: Tensor) -> Tensor:
         return torch.cat([self.to_k(context), self.to_v(context)], dim=-1)  # (B, L, 2C)
@@ -198,6 +208,8 @@ class MSDMUNet(nn.Module):
         self.time_embedder = TimeEmbedding(dim)
         self.cond_projection_linear = nn.Linear(text, dim, bias=False)
         self.cond_projection_linear2 = nn.Linear(dim, dim, bias=False)
+        keep_variance(self.cond_projection_linear)
+        keep_variance(self.cond_projection_linear2)
         self.cond_pooling = TextPooling(dim)
         self.in_conv = nn.ModuleDict({"conv": nn.Conv2d(latent * (1 + self_conditioning), channels[0], 3, padding=1)})
 

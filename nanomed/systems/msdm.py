@@ -32,8 +32,8 @@ TINY_TEXT = dict(vocab_size=0, hidden_size=128, intermediate_size=256, num_hidde
 # What the constructor takes, and what train.py does with it stage by stage. The comment is what it must reach.
 PRESETS = {
     "msdm": dict(size=256, self_conditioning=True),  # paper: FID 35 on the development set after 100,000 steps
-    "msdm-tiny": dict(size=32, self_conditioning=True, vae=dict(latent=4, channels=(32, 64, 128)), text=TINY_TEXT,
-                      unet=dict(channels=(64, 96, 192), dim=256, dropout=0.0),
+    "msdm-tiny": dict(size=32, self_conditioning=True, vae=dict(latent=4, channels=(16, 32, 64)), text=TINY_TEXT,
+                      text_length=32, unet=dict(channels=(64, 64, 128), dim=128, dropout=0.0),
                       sampler="dpmpp", steps=12, guidance=3.0),
 }  # fmt: skip
 RECIPES = {
@@ -43,11 +43,12 @@ RECIPES = {
         "unet": dict(steps=100_000, batch=64, lr=1e-4, clip=1.0, ema=0.9999, views=8),
     },
     "msdm-tiny": {
-        "": dict(data="toy:2000", augment=False, test_prompts="weights/msdm-tiny/test.csv", sample_every=500),
-        "vae": dict(steps=500, batch=32, lr=2e-3, schedule="cosine", warmup=50, ema=0.0, clip=1.0),
-        "unet": dict(steps=1500, batch=64, lr=2e-3, schedule="cosine", warmup=100, ema=0.995, clip=1.0, views=1),
+        "": dict(data="toy:2000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
+        "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
+        "unet": dict(steps=900, batch=32, lr=2e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, views=1,
+                     save_every=300),
     },
-}
+}  # fmt: skip
 SAMPLERS = {"msdm": ("msdm", samplers.ddim), "ddim": ("msdm", samplers.ddim), "dpmpp": ("linspace", samplers.dpmpp_2m)}
 
 
@@ -62,7 +63,6 @@ class MSDM(System):
               default maps [-1, 1] to [0, 1] and clamps
     """
 
-    TEXT_LENGTH = 64
     dropout = 0.2  # "context dropout", drawn for each sample by the data loader
 
     def __init__(
@@ -72,6 +72,7 @@ class MSDM(System):
         vae: dict | None = None,
         unet: dict | None = None,
         text: dict | None = None,
+        text_length: int = 64,
         latent_scale: float = 1.0,
         self_conditioning: bool = True,
         sampler: str = "msdm",
@@ -83,10 +84,11 @@ class MSDM(System):
         super().__init__()
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        self._config = dict(size=size, vae=vae, unet=unet, text=text, self_conditioning=self_conditioning,
+        self._config = dict(size=size, vae=vae, unet=unet, text=text, text_length=text_length,
+                            self_conditioning=self_conditioning,
                             sampler=sampler, steps=steps, guidance=guidance, minmax=minmax)  # fmt: skip
         self.size, self.sampler, self.steps, self.guidance, self.minmax = size, sampler, steps, guidance, minmax
-        self.snr_gamma = snr_gamma
+        self.snr_gamma, self.text_length = snr_gamma, text_length
         self.tokenizer = tokenizer
         clip = ClipTextConfig(**text) if text else ClipTextConfig()
         self.text_encoder = ClipText(clip)
@@ -107,7 +109,7 @@ class MSDM(System):
         The null condition is the same thing for "". The padding stays, because the U-Net's text pooling reads it.
         """
         distinct = list(dict.fromkeys(prompts))
-        ids, mask = self.tokenizer(distinct, length=self.TEXT_LENGTH)
+        ids, mask = self.tokenizer(distinct, length=self.text_length)
         device = next(self.text_encoder.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
         states = self.text_encoder(ids, mask)  # (distinct, 64, 768)
@@ -163,8 +165,8 @@ class MSDM(System):
         if stage == "vae":
             return {"image": torch.rand(batch, 3, side, side, device=device) * 2 - 1}
         channels, height, width = self.latent_shape
-        states = torch.randn(batch, self.TEXT_LENGTH, self.text_encoder.config.hidden_size, device=device)
-        mask = torch.ones(batch, self.TEXT_LENGTH, dtype=torch.bool, device=device)
+        states = torch.randn(batch, self.text_length, self.text_encoder.config.hidden_size, device=device)
+        mask = torch.ones(batch, self.text_length, dtype=torch.bool, device=device)
         moments = torch.randn(batch, 2 * channels, height, width, device=device)
         return {"moments": moments, "prompt_embeds": states, "attention_mask": mask}
 

@@ -1,6 +1,6 @@
 """Names and shapes of the tensors in published checkpoints: what a module must have to load them strictly.
 
-One text file a component. First come `key: JSON` lines (repository, config, parameters, ...), then an empty line,
+One text file a component. First come `key: JSON` lines (repository, config, parameters, ...) and an empty line,
 then the tensors as a tree, two spaces a level. Braces hold siblings that look alike:
 
     encoder.layers.{0..11}                             # 12 layers that look alike

@@ -1,0 +1,1 @@
+"""Noisy latents, a timestep and conditions to a prediction."""

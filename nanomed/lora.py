@@ -1,0 +1,529 @@
+"""LoRA, rsLoRA and DoRA on the Linear and Conv2d layers of any network; adapters in three file formats.
+
+    params = lora.inject(transformer, rank=8, targets=("to_q", "to_k", "to_v", "to_out.0"))
+    ...train params...
+    lora.save_peft("run/transformer_lora", transformer)
+
+    lora.load_peft("run/transformer_lora", transformer)        # in place of inject, on the bare network
+    lora.fold(transformer)                                     # W <- W + s B A: no adapter left, nothing to pay for it
+
+Formats: PEFT folders, `pytorch_lora_weights.safetensors` of diffusers (with its older spellings), kohya's keys. A key
+that has no place in the network is an error, and alpha is always written. What an adapted layer computes is in
+`lowrank.py`.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nanomed import files, weights
+from nanomed.lowrank import Adapted, attach, detach
+from nanomed.weights import WeightsError
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the usual targets in diffusers' names
+KINDS = ("lora", "rslora", "dora", "rsdora")
+
+# ----------------------------------------------------------------------------------------------------- the life of one
+
+
+def inject(
+    module: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ATTENTION,
+    kind: str = "lora",
+    init: str = "gaussian",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> list[nn.Parameter]:
+    """Adapt the layers of `module` that `targets` name, freeze everything else in it, return what trains.
+
+    alpha     numerator of the scale; None: each layer's own rank, so that the scale of "lora" and "dora" is 1
+    targets   whole names or suffixes behind a dot, as in PEFT: "to_q" is to_q and any x.y.to_q
+    kind      "lora", "rslora" (scale alpha / sqrt r), "dora", or "rsdora" (both)
+    init      of A: "gaussian", N(0, (1/r)^2), or "kaiming", uniform with a = sqrt 5 as nn.Linear has it. B is zero,
+              so the network starts as it was
+    patterns  other ranks and alphas for some layers: {name, suffix or, as in PEFT, regular expression of them: value}
+
+    Adapters are fp32 (fp64 in an fp64 network) whatever the dtype of the network. Order: that of the layers; of each
+    A, B and, for DoRA, the magnitude.
+
+    Raises ValueError for a network that has an adapter, targets that match nothing, and targets that are neither
+    nn.Linear nor a plain nn.Conv2d. A single target that matches nothing is only warned about: the released Med-Art
+    script has two of them.
+    """
+    if kind not in KINDS or init not in ("gaussian", "kaiming"):
+        raise ValueError(f"kind={kind!r}, init={init!r}: kinds are {', '.join(KINDS)}; starts gaussian and kaiming")
+    _expect_bare(module)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen = {name: layer for name, layer in module.named_modules() if _matches(name, targets)}
+    unused = [target for target in targets if not any(_matches(name, (target,)) for name in chosen)]
+    if not chosen:
+        raise ValueError(f"no layer of {type(module).__name__} is named {' or '.join(targets)}: {_endings(module)}")
+    for name, layer in chosen.items():
+        _expect_adaptable(name, layer)
+    if unused:
+        warnings.warn(f"LoRA targets that no layer has: {', '.join(unused)}; {_endings(module)}", stacklevel=2)
+    module.requires_grad_(False)
+    for name, layer in chosen.items():
+        r = _by_pattern(rank_pattern, name, rank)
+        if r < 1:
+            raise ValueError(f"rank {r} of {name}: a rank is at least 1")
+        weight = layer.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a = torch.empty(r, *weight.shape[1:], dtype=dtype, device=weight.device)
+        b = torch.zeros(weight.shape[0], r, *[1] * (weight.dim() - 2), dtype=dtype, device=weight.device)
+        if init == "gaussian":
+            nn.init.normal_(a, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        norm = weight.detach().flatten(1).to(dtype).norm(dim=1) if kind.endswith("dora") else None
+        attach(layer, a, b, norm, _by_pattern(alpha_pattern, name, r if alpha is None else alpha), kind[:2] == "rs")
+    return parameters(module)
+
+
+def parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the adapter, in the order of the layers."""
+    return [param for layer in _adapted(module).values() for param in layer.adapter().values()]
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under their names in `module`: `blocks.0.to_q.lora_A.weight`, ..."""
+    return {
+        f"{name}.{key}": p.detach() for name, layer in _adapted(module).items() for key, p in layer.adapter().items()
+    }
+
+
+def merge(module: nn.Module) -> None:
+    """Put the adapter into the weights, which then cost nothing extra. The weights as they were are kept beside them
+    (one more copy of the adapted weights, until `unmerge`). `state_dict` still gives base and adapter apart.
+
+    In a bf16 network the sum is made in fp32 and rounded once; what is below half a bit of W is lost while merged.
+    """
+    for layer in _adapted(module).values():
+        layer.merge()
+
+
+def unmerge(module: nn.Module) -> None:
+    """Put the very weights back that `merge` set aside: the same parameters, the same bits."""
+    for layer in _adapted(module).values():
+        layer.unmerge()
+
+
+@contextmanager
+def merged(module: nn.Module) -> Iterator[None]:
+    """Merged inside the `with`, for drawing images in the middle of training."""
+    merge(module)
+    try:
+        yield
+    finally:
+        unmerge(module)
+
+
+def remove(module: nn.Module) -> None:
+    """Take the adapter away; the network is what it was before, to the bit (and frozen)."""
+    for layer in _adapted(module).values():
+        layer.unmerge()
+        detach(layer)
+
+
+def fold(module: nn.Module) -> None:
+    """Merge for good, layer by layer: the adapter and the old weights are gone, no second copy is ever held. This is
+    what sampling wants."""
+    for layer in _adapted(module).values():
+        layer.merge()
+        detach(layer)
+
+
+def _adapted(module: nn.Module) -> dict[str, nn.Module]:
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, Adapted)}
+    if not found:
+        raise ValueError(f"this {type(module).__name__} has no adapter: inject or load one first")
+    return found
+
+
+def _expect_bare(module: nn.Module) -> None:
+    if any(isinstance(layer, Adapted) for layer in module.modules()):
+        raise ValueError(f"this {type(module).__name__} has an adapter already: fold or remove it first")
+
+
+def _expect_adaptable(name: str, layer: nn.Module) -> None:
+    # Exactly these classes: a subclass may read its weight in a way of its own, and would miss the adapter.
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        raise ValueError(f"{name} is a {type(layer).__name__}: adapters are for nn.Linear and nn.Conv2d")
+    if getattr(layer, "groups", 1) != 1:
+        raise ValueError(f"{name} is a convolution in {layer.groups} groups: adapters are for one group")
+
+
+def _matches(name: str, targets: Collection[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+    """The value of the first pattern that a whole name, or its end behind a dot, matches (PEFT's rule)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _adaptable(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in module.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)}
+
+
+def _ending(name: str) -> str:
+    """The shortest end of a name that says something: to_q, but to_out.0."""
+    parts = name.split(".")
+    start = next((i for i in reversed(range(len(parts))) if not parts[i].isdigit()), 0)
+    return ".".join(parts[start:])
+
+
+def _endings(module: nn.Module) -> str:
+    return f"its layers are named {', '.join(sorted({_ending(name) for name in _adaptable(module)}))}"
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_peft(folder: str | Path, module: nn.Module, base_model: str = "") -> None:
+    """Write a PEFT folder: `adapter_model.safetensors`, then `adapter_config.json`.
+
+    base_model   the published name of the network below, e.g. "PixArt-alpha/PixArt-XL-2-512x512"
+    """
+    settings = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model or None,
+                "inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None} | config(module)  # fmt: skip
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in state(module).items()}
+    files.write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
+    files.write_json(Path(folder) / "adapter_config.json", settings)
+
+
+def save_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
+    """Write what diffusers' `load_lora_weights` reads: one safetensors file, `<part>.<layer>.lora_A.weight`.
+
+    path      the file, or a folder for `pytorch_lora_weights.safetensors`
+    modules   {"transformer": ...} or {"unet": ..., "text_encoder": ...}: the parts by their names in the pipeline
+
+    Ranks, alphas and targets stand in the header under "lora_adapter_metadata". Readers that do not know it (diffusers
+    before 0.35) take alpha for the rank: train with alpha = rank, or use kohya's format, if such are to read the file.
+    """
+    tensors, settings = {}, {}
+    for part, module in modules.items():
+        tensors |= {f"{part}.{name}": tensor for name, tensor in state(module).items()}
+        settings |= {f"{part}.{key}": value for key, value in config(module).items()}
+    metadata = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    files.write_tensors(_diffusers_file(path), tensors, metadata)
+
+
+def save_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
+    """Write the safetensors file that ComfyUI and the web UIs read: `lora_unet_<layer_with_underscores>` and
+    `.lora_down.weight`, `.lora_up.weight`, `.alpha` and, for DoRA, `.dora_scale`.
+
+    modules   as in `save_diffusers`; text encoders become lora_te_ (lora_te1_ and lora_te2_ where there are two), any
+              other part lora_unet_. The format's scale is alpha / r, so rsLoRA is written with alpha sqrt(r).
+    """
+    tensors: dict[str, Tensor] = {}
+    for part, module in modules.items():
+        prefix = "lora_te1_" if part == "text_encoder" and "text_encoder_2" in modules else _kohya_prefixes(part)[0]
+        for name, layer in _adapted(module).items():
+            key = prefix + name.replace(".", "_")
+            if f"{key}.alpha" in tensors:
+                raise ValueError(f"two layers are {key} in kohya's spelling ({name} is one): use another format")
+            a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+            tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
+            tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float32)
+            if layer.lora_magnitude_vector is not None:
+                magnitude = layer.lora_magnitude_vector.detach()
+                tensors[f"{key}.dora_scale"] = magnitude.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    files.write_tensors(path, tensors)
+
+
+def config(module: nn.Module) -> dict:
+    """The adapter's settings in PEFT's words: r, lora_alpha, target_modules, use_dora, use_rslora, the patterns."""
+    layers = _adapted(module)
+    first = next(iter(layers.values()))
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+
+    def pattern(name: str) -> str:  # PEFT also matches the ends of names; ^ stops that where another layer would match
+        return f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
+
+    return {
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "target_modules": _targets(module, layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": first.lora_magnitude_vector is not None,
+        "use_rslora": first.rank_stabilised,
+        "rank_pattern": {pattern(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {pattern(name): _whole(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha},
+    }
+
+
+def _targets(module: nn.Module, layers: Collection[str]) -> list[str] | str:
+    """Target names that choose these layers and no others: their endings, else their names, else an expression."""
+    names = [name for name, _ in module.named_modules() if ".lora_" not in name]
+    for targets in (sorted({_ending(name) for name in layers}), sorted(layers)):
+        if {name for name in names if _matches(name, targets)} == set(layers):
+            return targets
+    return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _diffusers_file(path: str | Path) -> Path:
+    return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "pytorch_lora_weights.safetensors"
+
+
+def _kohya_prefixes(part: str) -> tuple[str, ...]:
+    """How the keys of a part of a pipeline begin; the first is written."""
+    return {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}.get(part, ("lora_unet_",))
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+# How files spell the tensors of a layer: PEFT (with or without the adapter's name), diffusers, old diffusers, kohya.
+_SPELLINGS = {
+    "A": r"\.lora_A(\.\w+)?\.weight|(\.lora|\.lora_linear_layer|_lora)\.down\.weight|\.lora_down\.weight",
+    "B": r"\.lora_B(\.\w+)?\.weight|(\.lora|\.lora_linear_layer|_lora)\.up\.weight|\.lora_up\.weight",
+    "magnitude": r"\.lora_magnitude_vector(\.\w+)?(\.weight)?",
+    "dora_scale": r"\.dora_scale",
+    "alpha": r"\.alpha",
+}
+_KEY = re.compile("(?P<path>.+?)(?:" + "|".join(f"(?P<{slot}>{text})" for slot, text in _SPELLINGS.items()) + ")")
+_OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # in text encoders, 2023
+# What PEFT can do besides, that changes the function computed and leaves no tensor of its own in the file.
+_FOREIGN = ("lora_bias", "use_qalora", "layer_replication", "alora_invocation_tokens", "velora_config", "arrow_config")
+
+Locate = Callable[[str], str | None]  # a path as the file spells it -> the name of a layer, or None
+
+
+class Part(NamedTuple):
+    """What a file holds for one network."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]  # by the keys of the file
+    prefix: str  # that all these keys begin with
+    locate: Locate
+    settings: dict = {}  # in PEFT's words; empty where the file has none
+
+
+def load_peft(folder: str | Path, module: nn.Module) -> list[nn.Parameter]:
+    """Give `module`, which has none, the adapter of a PEFT folder. Freezes the rest, returns what trains, as `inject`.
+
+    `adapter_model.safetensors` is read or, where only that is there, `adapter_model.bin` (as plain tensors). Raises
+    WeightsError for what is damaged, incomplete, of another shape, not LoRA, or names a layer that is not there; the
+    network is then as it was.
+    """
+    folder = Path(folder)
+    settings = _json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA" or "r" not in settings or "lora_alpha" not in settings:
+        raise WeightsError(f"{folder / 'adapter_config.json'}: not a LoRA with its r and lora_alpha")
+    file, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not file.exists() and pickled.exists():
+        file, tensors = pickled, weights.read_pickle(pickled)
+    else:
+        tensors = weights.read(file)
+    return _load(file, [Part(module, tensors, "", _by_name(module), settings)])
+
+
+def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """Give networks the adapters of a diffusers file, in any of its spellings since 2023.
+
+    path      the file, or a folder with `pytorch_lora_weights.safetensors`
+    modules   the parts by their names in the file: {"unet": ..., "text_encoder": ...}. With one part the name need not
+              agree: Med-Art's `text_lora/` holds a T5 adapter under "unet.", the oldest files have no part at all
+
+    alpha is that of the header ("lora_adapter_metadata") or of `.alpha` keys; where there is neither, each layer's
+    rank, as diffusers reads it. A part the file does not mention stays bare; a part that is not in `modules` is an
+    error. Returns and raises as `load_peft`.
+    """
+    file = _diffusers_file(path)
+    tensors = weights.read(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = _parse((opened.metadata() or {}).get("lora_adapter_metadata", "{}"), f"{file}: its metadata")
+    parts = []
+    for name, module in modules.items():
+        prefixes = [f"{name}."] if len(modules) > 1 else [f"{name}.", "unet.", "transformer.", "prior.", ""]
+        for prefix in prefixes:
+            mine = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            if mine:
+                settings = {k[len(prefix) :]: v for k, v in metadata.items() if prefix and k.startswith(prefix)}
+                parts.append(Part(module, mine, prefix, _by_name(module), settings))
+                break
+    _expect_all_taken(file, tensors, parts)
+    return _load(file, parts)
+
+
+def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """Give networks the adapters of a file in kohya's keys (LoRA and LoCon; alpha is the rank where it has none).
+
+    modules   as in `save_kohya`. The underscores of a key are matched with the names of the layers that are there.
+
+    Returns and raises as `load_diffusers`.
+    """
+    tensors, parts = weights.read(path), []
+    for name, module in modules.items():
+        for prefix in _kohya_prefixes(name):
+            if mine := {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}:
+                parts.append(Part(module, mine, prefix, _by_underscores(module, path)))
+    _expect_all_taken(path, tensors, parts)
+    return _load(path, parts)
+
+
+def _by_name(module: nn.Module) -> Locate:
+    """Paths with dots: as they are, or in a spelling of 2023."""
+    layers = _adaptable(module)
+
+    def locate(path: str) -> str | None:
+        path = path.removeprefix("base_model.model.").replace(".processor.", ".")
+        head, _, last = path.rpartition(".")
+        spellings = [path, f"{path}.0"] + ([f"{head}.{_OLD_NAMES[last]}"] if last in _OLD_NAMES else [])
+        spellings += [f"text_model.{spelling}" for spelling in spellings]
+        spellings += [spelling.removeprefix("text_model.") for spelling in spellings]
+        return next((spelling for spelling in spellings if spelling in layers), None)
+
+    return locate
+
+
+def _by_underscores(module: nn.Module, path: str | Path) -> Locate:
+    """Paths whose dots have become underscores, which only the layers at hand can undo."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for name in _adaptable(module):
+        for spelling in (name, f"text_model.{name}", name.removeprefix("text_model.")):
+            names[spelling.replace(".", "_")].add(name)
+
+    def locate(key: str) -> str | None:
+        found = names.get(key, ())
+        if len(found) > 1:
+            raise WeightsError(f"{path}: {key} may be {' or '.join(sorted(found))}")
+        return next(iter(found), None)
+
+    return locate
+
+
+def _load(file: str | Path, parts: Sequence[Part]) -> list[nn.Parameter]:
+    """Attach what a file holds to the layers it names. Everything is judged before anything is changed."""
+    plans, unknown = [], []
+    for part in parts:
+        _expect_bare(part.module)
+        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in part.tensors.items():
+            match = _KEY.fullmatch(key, len(part.prefix))
+            name = part.locate(match["path"]) if match else None
+            if name is None:
+                unknown.append(key)
+                continue
+            slot = next(slot for slot in _SPELLINGS if match[slot])
+            if slot in found[name]:
+                raise WeightsError(f"{file}: {name} has two tensors {slot}, one of them {key}")
+            found[name][slot] = tensor
+        plans.append((part, found))
+    if unknown:
+        raise WeightsError(f"{file}: {_list(unknown)} have no place in {_kinds(parts)}; nothing was loaded")
+    if not any(found for _, found in plans):
+        raise WeightsError(f"{file}: no adapter for {_kinds(parts)}")
+    ready = []
+    for part, found in plans:
+        for name, slots in found.items():
+            layer = part.module.get_submodule(name)
+            ready.append((layer, _adapter(f"{file}: {name}", name, layer, slots, part.settings)))
+    for part, _ in plans:
+        part.module.requires_grad_(False)
+    for layer, adapter in ready:
+        attach(layer, *adapter)
+    return [param for part, _ in plans for param in parameters(part.module)]
+
+
+def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], settings: dict) -> tuple:
+    """Judge the tensors of one layer; what `attach` takes."""
+    _expect_adaptable(where, layer)
+    weight = layer.weight
+    if not {"A", "B"} <= slots.keys():
+        raise WeightsError(f"{where} has {' and '.join(sorted(slots))}, but an adapter is A and B at least")
+    a, b = slots["A"], slots["B"]
+    rank = a.shape[0] if a.dim() else 0
+    shape_a, shape_b = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.dim() - 2))
+    for factor, tensor, shape in (("A", a, shape_a), ("B", b, shape_b)):
+        # 1x1 convolutions and linear layers are the same, and files of one are read into the other
+        if rank < 1 or _squeezed(tensor.shape) != _squeezed(shape) or not tensor.is_floating_point():
+            raise WeightsError(f"{where}: {factor} is {tensor.dtype} {tuple(tensor.shape)}, the layer asks for {shape}")
+    magnitude = slots.get("magnitude", slots.get("dora_scale"))
+    if magnitude is not None:
+        by_input = "dora_scale" in slots and magnitude.dim() > 1 and magnitude.shape[0] != weight.shape[0]
+        if magnitude.numel() != weight.shape[0] or by_input:
+            raise WeightsError(f"{where}: the DoRA magnitude is {tuple(magnitude.shape)}, not one per output channel")
+    if bool(settings.get("use_dora", magnitude is not None)) != (magnitude is not None):
+        raise WeightsError(f"{where}: DoRA magnitudes and the setting use_dora contradict each other")
+    if foreign := [key for key in _FOREIGN if settings.get(key)]:
+        raise WeightsError(f"{where}: made with {', '.join(foreign)}, which is not LoRA as it is known here")
+    alpha: float = rank
+    if settings:
+        try:
+            said = _by_pattern(settings.get("rank_pattern"), name, settings["r"])
+            alpha = float(_by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"]))
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise WeightsError(f"{where}: its settings do not say rank and alpha ({error})") from error
+        if said != rank:
+            raise WeightsError(f"{where}: rank {rank}, but its settings say {said}, so the scale is in doubt")
+    if "alpha" in slots:
+        if slots["alpha"].numel() != 1:
+            raise WeightsError(f"{where}: alpha is {tuple(slots['alpha'].shape)}, not one number")
+        alpha = slots["alpha"].item()
+    if not math.isfinite(alpha):
+        raise WeightsError(f"{where}: alpha is {alpha}")
+
+    def own(tensor: Tensor, shape: Sequence[int]) -> Tensor:  # never a view of the mapped file, which may be replaced
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return tensor.reshape(shape).to(device=weight.device, dtype=dtype, copy=True)
+
+    magnitude = None if magnitude is None else own(magnitude, (-1,))
+    return own(a, shape_a), own(b, shape_b), magnitude, alpha, bool(settings.get("use_rslora"))
+
+
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape of at least two sizes without the kernel's, where that is 1x1."""
+    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _expect_all_taken(file: str | Path, tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> None:
+    taken = {key for part in parts for key in part.tensors}
+    if lost := tensors.keys() - taken:
+        raise WeightsError(f"{file}: {_list(lost)} belong to no part that was given; nothing was loaded")
+
+
+def _kinds(parts: Sequence[Part]) -> str:
+    return " or ".join(type(part.module).__name__ for part in parts) or "the parts given"
+
+
+def _list(names: Collection[str], most: int = 6) -> str:
+    names = sorted(names)
+    return f"{len(names)} keys ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise weights.WeightsNotFound(f"{path} is missing: an adapter's folder holds it beside its tensors")
+    return _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+
+
+def _parse(text: str, where: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{where} is not a table of settings")
+    return value

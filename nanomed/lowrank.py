@@ -1,0 +1,196 @@
+"""Linear and Conv2d layers with a low-rank adapter beside their weight.
+
+    y = W x + s B A x + bias                                 s = alpha / r (Hu et al. 2021, section 4.1)
+                                                             s = alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023, eq. 3)
+    y = m / |W + s B A| (W x + s B A x) + bias               DoRA (Liu et al. 2024, eq. 5)
+
+DoRA's norm is that of every output channel over the inputs, and as in the paper's section 4.3 its gradient is left
+out. The adapted layer *is* the layer it was: `attach` changes its class in place, its weight stays the very tensor,
+and beside it stand `lora_A.weight` (r, in), `lora_B.weight` (out, r) and, for DoRA, `lora_magnitude_vector`, PEFT's
+names. So base names do not change, a base checkpoint loads strictly with the adapter in place (`load_state_dict`),
+and the unmerged adapter copies nothing. `lora.py` says which layers, and reads and writes files.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Factor(nn.Module):
+    """One of the two factors of an adapter: a weight under the name that PEFT gives it."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Adapted:
+    """What adapted layers of both kinds share. `alpha`, `rank_stabilised` and `base` are set by `attach`."""
+
+    alpha: float
+    rank_stabilised: bool
+    base: tuple[nn.Parameter, ...]  # while merged: the weight as it was, kept from module's eyes by the tuple
+    lora_magnitude_vector: nn.Parameter | None
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.weight.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.base)
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The adapter's own parameters: `lora_A.weight`, `lora_B.weight` and, for DoRA, `lora_magnitude_vector`."""
+        factors = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+        magnitude = self.lora_magnitude_vector
+        return factors if magnitude is None else factors | {"lora_magnitude_vector": magnitude}
+
+    def norm(self) -> Tensor:
+        """|W + s B A| of every output channel (out,), without a gradient and without forming the sum:
+        |W|^2 + 2 s <W, B A> + s^2 |B A|^2, where <W, B A> = B . (W A^T)."""
+        w, a, b = self.weight.detach().flatten(1), self.lora_A.weight.detach(), self.lora_B.weight.detach()
+        a, b = a.flatten(1), b.flatten(1)
+        cross = torch.mm(a.to(w.dtype), w.t()).t().to(b.dtype)  # W A^T, (out, r)
+        gram = torch.mm(b, torch.mm(a, a.t()))  # B A A^T, (out, r)
+        square = torch.linalg.vector_norm(w, dim=1, dtype=b.dtype).square()
+        square = square + (b * (2 * self.scale * cross + self.scale**2 * gram)).sum(1)
+        return square.clamp_min(torch.finfo(b.dtype).tiny).sqrt()  # a row of zeros stays zero, not NaN
+
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        """m / |W + s B A|, in the shape of `lora_magnitude_vector`."""
+        magnitude = self.lora_magnitude_vector
+        return (magnitude / self.norm().view_as(magnitude)).to(dtype)
+
+    def merged_weight(self) -> Tensor:
+        """The weight that does alone what the layer and its adapter do; computed in fp32, in the layer's dtype."""
+        a, b = self.lora_A.weight.detach().flatten(1), self.lora_B.weight.detach().flatten(1)
+        weight = torch.addmm(self.weight.detach().flatten(1).to(a.dtype), b, a, alpha=self.scale)
+        if self.lora_magnitude_vector is not None:
+            norm = torch.linalg.vector_norm(weight, dim=1).clamp_min(torch.finfo(a.dtype).tiny)
+            weight *= (self.lora_magnitude_vector.detach().flatten() / norm).unsqueeze(1)
+        return weight.view_as(self.weight).to(self.weight.dtype)
+
+    def merge(self) -> None:
+        if not self.merged:
+            self.base = (self.weight,)
+            self.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+
+    def unmerge(self) -> None:
+        if self.merged:
+            (base,) = self.base
+            if base.device != self.weight.device:  # the network was moved while merged
+                base.data = base.data.to(self.weight.device)
+            self.base, self.weight = (), base
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # a state says the same, merged or not
+            destination[prefix + "weight"] = self.base[0] if keep_vars else self.base[0].detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.unmerge()
+        mine = {prefix + name: param for name, param in self.adapter().items()}
+        if not mine.keys() & state_dict.keys():  # a base checkpoint: the adapter stays as it is
+            state_dict.update(mine)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
+
+
+class LoraLinear(Adapted, nn.Linear):
+    """y = W x + s B A x + bias; with DoRA, y = m / |W + s B A| (W x + s B A x) + bias."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if self.merged:
+            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):  # a Function's insides are not autocast
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if self.lora_magnitude_vector is None:
+            return LowRankLinear.apply(x, weight, bias, a, b, self.scale)
+        y = LowRankLinear.apply(x, weight, None, a, b, self.scale)
+        gain = self.gain(y.dtype)
+        return y * gain if bias is None else torch.addcmul(bias, y, gain)
+
+
+class LoraConv2d(Adapted, nn.Conv2d):
+    """The same with convolutions: A has the layer's kernel, stride and padding, B is 1x1."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, in, H, W) -> (N, out, H', W')
+        if self.merged:
+            return super().forward(x)
+        plain = self.lora_magnitude_vector is None
+        y = self._conv_forward(x, self.weight, self.bias if plain else None)
+        h = self._conv_forward(x, self.lora_A.weight.to(x.dtype), None)  # (N, r, H', W')
+        y = torch.add(y, F.conv2d(h, self.lora_B.weight.to(h.dtype)), alpha=self.scale)
+        if plain:
+            return y
+        gain = self.gain(y.dtype)  # (1, out, 1, 1)
+        return y * gain if self.bias is None else torch.addcmul(self.bias.to(y.dtype).view_as(gain), y, gain)
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T, with a backward that costs what the mathematics costs: 2.0 forwards for a
+    frozen W, and no temporary of the size of x or y besides the results.
+
+    The base product is a plain one and the adapter is added into it, forward and backward. A and B may be wider than
+    x (fp32 adapters, bf16 network): they are narrowed, which is small, instead of widening x, which is not. Thin
+    products stand with the thin factor first, as CPU libraries run (r, k) (k, n) several times faster than
+    (n, k) (k, r). Saved are x, which sibling layers share, and x A^T, which is thin.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        y = F.linear(rows, weight, bias)  # (N, out)
+        h = torch.mm(a.to(x.dtype), rows.t())  # (r, N)
+        y.addmm_(h.t(), b.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, weight, a, b, h)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, a, b, h = ctx.saved_tensors
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dx = dw = dbias = da = db = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            g = torch.mm(b.to(dy.dtype).t(), dy.t()).mul_(ctx.scale)  # s (dy B)^T, (r, N)
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, weight).addmm_(g.t(), a.to(dy.dtype)).view(x.shape)
+        if ctx.needs_input_grad[1]:  # only where the base trains too
+            dw = torch.mm(dy.t(), rows)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        if ctx.needs_input_grad[3]:
+            da = torch.mm(g, rows).to(a.dtype)  # (r, in)
+        if ctx.needs_input_grad[4]:
+            db = torch.mm(h, dy).mul_(ctx.scale).t().to(b.dtype)  # (out, r)
+        return dx, dw, dbias, da, db, None
+
+
+def attach(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor | None, alpha: float, stabilised: bool) -> None:
+    layer.__class__ = LoraLinear if type(layer) is nn.Linear else LoraConv2d
+    layer.alpha, layer.rank_stabilised, layer.base = float(alpha), stabilised, ()
+    layer.lora_A, layer.lora_B = Factor(a), Factor(b)
+    if magnitude is not None and layer.weight.dim() == 4:
+        magnitude = magnitude.view(1, -1, 1, 1)
+    layer.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
+
+
+def detach(layer: nn.Module) -> None:
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "alpha", "rank_stabilised", "base"):
+        delattr(layer, name)
+    layer.__class__ = nn.Linear if type(layer) is LoraLinear else nn.Conv2d

@@ -1,0 +1,374 @@
+"""Training that can be trusted with a week of GPU time: exact resume, preemption, broken steps, checkpoints, ranks.
+
+All runs are the tiny preset on a handful of images, so that a run of two stages takes seconds.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from nanomed import files, runs, runtime
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["--model", "msdm-tiny", "--data", "toy:24", "--batch", "4", "--steps", "6", "--save_every", "2",
+         "--score_images", "0", "--test_prompts", "", "--log_every", "1", "--keep", "9"]  # fmt: skip
+
+
+class StopAfter:
+    """A stop signal that arrives during optimizer step number `step` (counted from the start of the process)."""
+
+    def __init__(self, step: int):
+        self.left = step
+
+    def __call__(self):
+        return self
+
+    @property
+    def received(self) -> str:
+        self.left -= 1
+        return "SIGTERM" if self.left <= 0 else ""
+
+
+@pytest.fixture
+def run_train(monkeypatch, tmp_path_factory):
+    """Run train.py in this process: run_train(folder, *flags, stop_after=step) -> (exit code, run folder)."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    torch.set_num_threads(1)
+
+    def go(out: Path, *flags: str, stop_after: int = 10**9) -> tuple[int, Path]:
+        argv = ["train.py", *FLAGS, "--out", str(out), "--cache", str(cache), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(runtime, "StopSignal", StopAfter(stop_after))
+        code = train.main()
+        return code, runs.newest(out)
+
+    return go
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a run has learned: the exported parts, and the last checkpoint with its moments."""
+    tensors = {}
+    paths = sorted(run.glob("model/*/*.safetensors")) + sorted(run.glob("checkpoints/*-step-000006/*.safetensors"))
+    for path in paths:
+        tensors |= {f"{path.relative_to(run)}: {name}": tensor for name, tensor in load_file(path).items()}
+    assert len(paths) == 8  # vae, unet, text_encoder; model + optimizer of the VAE; model, optimizer, ema of the U-Net
+    return tensors
+
+
+def same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[0]}"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """What an uninterrupted run learns, computed once for each set of flags."""
+    return {}
+
+
+# 24 images, 22 of them for training, hold 7 to 13 pairs each; the VAE's epoch is 5.5 batches, so step 5 and 6 straddle it.
+STOPS = {
+    "inside an epoch of the first stage": (3,),
+    "at the end of a stage": (6,),
+    "first step of the second stage": (7,),
+    "between two checkpoints of the second stage": (9,),
+    "twice, the second time in the resumed run": (2, 3),
+}
+
+
+@pytest.mark.parametrize("stops", STOPS.values(), ids=STOPS.keys())
+def test_resume_is_bitwise_exact(run_train, tmp_path, straight, stops):
+    """Weights, averages and optimizer moments equal those of a run that was never stopped, to the last bit."""
+    if not straight:
+        code, run = run_train(tmp_path / "straight")
+        assert code == 0
+        straight.update(trained(run))
+    code, run = run_train(tmp_path / "stopped", stop_after=stops[0])
+    for stop in (*stops[1:], 10**9):
+        assert code == runtime.PREEMPTED
+        assert json.loads((run / "state.json").read_text())["status"] == "preempted"
+        code, run = run_train(tmp_path / "stopped", "--resume", "latest", stop_after=stop)
+    assert code == 0
+    same(trained(run), straight)
+
+
+def test_resume_inside_an_accumulation_is_bitwise_exact(run_train, tmp_path):
+    """A signal during the second of three backward passes: the step is finished, saved, and gone on from."""
+    flags = ("--accumulate", "3", "--batch", "2")
+    _, whole = run_train(tmp_path / "straight", *flags)
+    code, _ = run_train(tmp_path / "stopped", *flags, stop_after=8)
+    assert code == runtime.PREEMPTED
+    _, run = run_train(tmp_path / "stopped", *flags, "--resume", "latest")
+    same(trained(run), trained(whole))
+
+
+def test_a_checkpoint_that_is_damaged_is_refused_by_name(run_train, tmp_path):
+    run_train(tmp_path, stop_after=9)
+    run = runs.newest(tmp_path)
+    newest = runs.Run(run, 0).checkpoints("unet")[-1] / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        run_train(tmp_path, "--resume", "latest")
+
+
+def test_resume_refuses_settings_that_would_change_the_numbers(run_train, tmp_path):
+    run_train(tmp_path, stop_after=2)
+    with pytest.raises(runtime.UsageError, match="batch was 4 and is 8 now"):
+        run_train(tmp_path, "--resume", "latest", "--batch", "8")
+
+
+def test_a_broken_step_is_skipped_and_counted_and_three_in_a_row_stop(run_train, tmp_path, monkeypatch):
+    """NaN in the loss: weights stay as they were; the third in a row ends the run with one clear line."""
+    from nanomed.systems.msdm import MSDM
+
+    forward = MSDM.forward
+    broken = {2, 4, 5, 6}
+
+    def sometimes(self, batch, stage, step):
+        losses = forward(self, batch, stage, step)
+        return losses | {"loss": losses["loss"] * float("nan")} if self.training_step(step) in broken else losses
+
+    monkeypatch.setattr(MSDM, "training_step", lambda self, step: step + 1 if torch.is_grad_enabled() else 0, raising=False)
+    monkeypatch.setattr(MSDM, "forward", sometimes)
+    with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row, up to step 6"):
+        run_train(tmp_path)
+    log = [json.loads(line) for line in (runs.newest(tmp_path) / "log.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in log if "skipped" in line}
+    assert [steps[i]["skipped"] for i in (1, 2, 3, 4)] == [0, 1, 1, 2]
+    at = {i: load_file(runs.newest(tmp_path) / f"checkpoints/vae-step-00000{i}/model.safetensors") for i in (2, 4)}
+    assert any(not torch.equal(at[2][name], at[4][name]) for name in at[2])  # step 3 was a good one
+
+
+def test_checkpoints_are_pruned_to_the_last_and_the_best(run_train, tmp_path):
+    _, run = run_train(tmp_path, "--keep", "1")
+    kept = [folder.name for folder in runs.Run(run, 0).checkpoints("unet")]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["score"] for line in lines if line["stage"] == "unet" and "score" in line}
+    best = min(scores, key=scores.get)
+    assert kept == sorted({f"unet-step-{best:06d}", "unet-step-000006"})
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_what_a_run_leaves_behind(run_train, tmp_path):
+    """Settings, log, grids, model card, and a model folder that loads by itself."""
+    import nanomed
+
+    _, run = run_train(tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"] == "msdm-tiny" and config["environment"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "grad_norm" in line]
+    assert len(steps) == 12 and all(line["clipped"] > 20 for line in steps)
+    assert {path.name for path in (run / "samples").iterdir()} >= {"vae-step-000002.png", "unet-step-000006.png"}
+    assert "Not for diagnosis" in (run / "README.md").read_text()
+    system = nanomed.load(run)
+    assert system.vae.scale != 1.0
+    images = system.sample(["Generate an image containing text."], runtime.ImageNoise(0, [0]), steps=2)
+    assert images.shape == (1, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------ whole processes
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def command(out: Path, cache: Path, *flags: str, ranks: int = 1) -> list[str]:
+    head = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)
+    ]  # fmt: skip
+    return [*head, str(ROOT / "train.py"), *FLAGS, "--out", str(out), "--cache", str(cache), *flags]
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen, stage: str = "unet") -> None:
+    """Until the log says that a stage has made a step."""
+    while process.poll() is None:
+        run = runs.newest(out)
+        text = (run / "log.jsonl").read_text() if run and (run / "log.jsonl").is_file() else ""
+        if f'"stage": "{stage}", "step": {step}' in text:
+            return
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_two_ranks_resume_exactly(tmp_path, tmp_path_factory):
+    """Two gloo ranks: SIGTERM to the launcher, state saved at once, and the resumed run equals a straight one."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    whole = subprocess.run(command(tmp_path / "a", cache, ranks=2), env=environment(), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    process = subprocess.Popen(
+        command(tmp_path / "b", cache, ranks=2), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_step(tmp_path / "b", 1, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    run = runs.newest(tmp_path / "b")
+    assert json.loads((run / "state.json").read_text())["status"] == "preempted"
+    again = command(tmp_path / "b", cache, "--resume", "latest", ranks=2)
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(trained(run), trained(runs.newest(tmp_path / "a")))
+
+
+def test_sigint_has_its_own_exit_code(tmp_path, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    process = subprocess.Popen(
+        command(tmp_path, cache, "--steps", "400"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_step(tmp_path, 1, process, stage="vae")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0].decode()
+    assert process.returncode == runtime.PREEMPTED
+    assert "state saved; go on with --resume" in output
+
+
+def killed_until_done(out: Path, cache: Path, kills: int, seed: int) -> Path:
+    """Kill -9 at random times, resume, until it is done; the number of kills that hit a living process is `kills`."""
+    rng, hits, resume = random.Random(seed), 0, ()
+    while True:
+        process = subprocess.Popen(
+            command(out, cache, *resume), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            process.wait(timeout=None if hits >= kills else rng.uniform(2.0, 6.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            hits += 1
+        error = process.communicate()[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), error[-2000:]
+        run = runs.newest(out)
+        resume = ("--resume", str(run)) if run else ()
+        if process.returncode == 0:
+            assert hits >= kills
+            return run
+
+
+def test_kill_minus_nine_loses_nothing(tmp_path, tmp_path_factory):
+    """Short form of the slow test below: 3 kills."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    whole = subprocess.run(command(tmp_path / "a", cache), env=environment(), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    run = killed_until_done(tmp_path / "b", cache, 3, seed=0)
+    same(trained(run), trained(runs.newest(tmp_path / "a")))
+    assert not list(run.rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------- smaller pieces
+
+
+def test_ema_follows_torchs_averaged_model():
+    """Against torch.optim.swa_utils with the same decay, warm-up past."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 3)
+    ours = runtime.EMA(dict(module.named_parameters()), 0.9)
+    ours.updates = 10**6
+    theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    theirs.update_parameters(module)  # the first call only copies
+    for _ in range(5):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(torch.randn_like(p))
+        ours.update()
+        theirs.update_parameters(module)
+    for name, p in theirs.module.named_parameters():
+        torch.testing.assert_close(ours.average[name], p.detach(), rtol=1e-6, atol=1e-6)
+    before = module.weight.detach().clone()
+    with ours.swapped():
+        assert not torch.equal(module.weight, before)
+    assert torch.equal(module.weight, before)
+
+
+def test_clipping_reports_norm_and_count():
+    params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.full((10,), 4e4 / 40**0.5)
+    norm, clipped = runtime.clip_gradients(params, 1.0)
+    assert norm.item() == pytest.approx(4e4, rel=1e-4) and clipped == 4
+    total = torch.stack([p.grad.norm() for p in params]).norm().item()
+    assert total == pytest.approx(1.0, rel=1e-4)
+    assert runtime.clip_gradients([torch.nn.Parameter(torch.zeros(1))], 1.0) == (0.0, 0)
+
+
+def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    files.write_tensors(path, {"w": torch.ones(3)})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        files.write_tensors(path, {"w": torch.zeros(3)})
+    assert torch.equal(load_file(path)["w"], torch.ones(3))
+
+
+def test_learning_rate_schedules():
+    config = train.Config(lr=1.0, warmup=10, steps=110, schedule="cosine")
+    rates = [train.learning_rate(config, step) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
+    config.schedule = "never"
+    with pytest.raises(runtime.UsageError, match="constant, cosine or linear"):
+        train.learning_rate(config, 50)
+
+
+def test_flags_follow_the_names_people_type():
+    argv = ["--model", "msdm-tiny", "--learning_rate", "0.5", "--train-batch-size", "7", "--max_train_steps=3", "--compile"]
+    config = runtime.parse(train.Config, argv)
+    assert (config.lr, config.batch, config.steps, config.compile) == (0.5, 7, 3, True)
+    assert set(config.given) == {"model", "lr", "batch", "steps", "compile"}
+    with pytest.raises(SystemExit):
+        runtime.parse(train.Config, ["--no_such_flag", "1"])
+    with pytest.raises(runtime.UsageError, match="--steps many"):
+        runtime.parse(train.Config, ["--steps", "many"])
+
+
+def test_no_flag_is_swallowed_by_torchrun():
+    """torchrun's parser sees all words first: a flag of ours that abbreviates one of its own would be refused."""
+    import dataclasses
+
+    from torch.distributed.run import get_args_parser
+
+    import evaluate
+    import sample
+
+    theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for config in (train.Config, sample.Config, evaluate.Config):
+        for name in [field.name for field in dataclasses.fields(config)] + list(runtime.ALIASES):
+            assert not [option for option in theirs if option.startswith(f"--{name}")], name
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_fifty_times(tmp_path, tmp_path_factory):
+    """At 50 random times: always restarted from a whole checkpoint, and in the end bitwise the straight run."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    whole = subprocess.run(command(tmp_path / "a", cache), env=environment(), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    expected, hits, number = trained(runs.newest(tmp_path / "a")), 0, 0
+    while hits < 50:
+        run = killed_until_done(tmp_path / f"b{number}", cache, 5, seed=number)
+        same(trained(run), expected)
+        hits, number = hits + 5, number + 1
