@@ -42,6 +42,7 @@ class Config:
     views: int = 8  # random crops of an image whose latents are cached; 0 = encode live, a new crop every time
     paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase FILE makes one)
     strategy: str = "add"  # add | some | all: paraphrases as pairs of their own, in place with p = 0.5, or always
+    join: int = 1  # up to this many prompts of an image in one, drawn anew every time
     valid: float = 0.1  # share of the images held out, by image
     save_every: int = 1000  # steps between checkpoints, each with a validation and a grid
     keep: int = 2  # checkpoints kept, besides the best

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nanomed import files, weights
-from nanomed.lowrank import Adapted, attach, detach
+from nanomed.lowrank import Adapted, attach, detach, start
 from nanomed.weights import WeightsError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the usual targets in diffusers' names
@@ -65,7 +65,7 @@ def inject(
     if kind not in KINDS or init not in ("gaussian", "kaiming"):
         raise ValueError(f"kind={kind!r}, init={init!r}: kinds are {', '.join(KINDS)}; starts gaussian and kaiming")
     _expect_bare(module)
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = (targets,) if isinstance(targets, str) else targets
     chosen = {name: layer for name, layer in module.named_modules() if _matches(name, targets)}
     unused = [target for target in targets if not any(_matches(name, (target,)) for name in chosen)]
     if not chosen:
@@ -74,21 +74,13 @@ def inject(
         _expect_adaptable(name, layer)
     if unused:
         warnings.warn(f"LoRA targets that no layer has: {', '.join(unused)}; {_endings(module)}", stacklevel=2)
+    ranks = {name: _by_pattern(rank_pattern, name, rank) for name in chosen}
+    if bad := [name for name, r in ranks.items() if r < 1]:
+        raise ValueError(f"rank {ranks[bad[0]]} of {bad[0]}: a rank is at least 1")
     module.requires_grad_(False)
     for name, layer in chosen.items():
-        r = _by_pattern(rank_pattern, name, rank)
-        if r < 1:
-            raise ValueError(f"rank {r} of {name}: a rank is at least 1")
-        weight = layer.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        a = torch.empty(r, *weight.shape[1:], dtype=dtype, device=weight.device)
-        b = torch.zeros(weight.shape[0], r, *[1] * (weight.dim() - 2), dtype=dtype, device=weight.device)
-        if init == "gaussian":
-            nn.init.normal_(a, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        norm = weight.detach().flatten(1).to(dtype).norm(dim=1) if kind.endswith("dora") else None
-        attach(layer, a, b, norm, _by_pattern(alpha_pattern, name, r if alpha is None else alpha), kind[:2] == "rs")
+        own = _by_pattern(alpha_pattern, name, ranks[name] if alpha is None else alpha)
+        attach(layer, *start(layer.weight, ranks[name], init, dora="dora" in kind), own, kind.startswith("rs"))
     return parameters(module)
 
 
@@ -99,9 +91,8 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under their names in `module`: `blocks.0.to_q.lora_A.weight`, ..."""
-    return {
-        f"{name}.{key}": p.detach() for name, layer in _adapted(module).items() for key, p in layer.adapter().items()
-    }
+    layers = _adapted(module)
+    return {f"{name}.{key}": p.detach() for name, layer in layers.items() for key, p in layer.adapter().items()}
 
 
 def merge(module: nn.Module) -> None:
@@ -123,8 +114,8 @@ def unmerge(module: nn.Module) -> None:
 @contextmanager
 def merged(module: nn.Module) -> Iterator[None]:
     """Merged inside the `with`, for drawing images in the middle of training."""
-    merge(module)
     try:
+        merge(module)
         yield
     finally:
         unmerge(module)
@@ -138,8 +129,7 @@ def remove(module: nn.Module) -> None:
 
 
 def fold(module: nn.Module) -> None:
-    """Merge for good, layer by layer: the adapter and the old weights are gone, no second copy is ever held. This is
-    what sampling wants."""
+    """Merge for good, layer by layer, as sampling wants it: adapter and old weights go, no copy is held beside them."""
     for layer in _adapted(module).values():
         layer.merge()
         detach(layer)
@@ -213,8 +203,8 @@ def save_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
     path      the file, or a folder for `pytorch_lora_weights.safetensors`
     modules   {"transformer": ...} or {"unet": ..., "text_encoder": ...}: the parts by their names in the pipeline
 
-    Ranks, alphas and targets stand in the header under "lora_adapter_metadata". Readers that do not know it (diffusers
-    before 0.35) take alpha for the rank: train with alpha = rank, or use kohya's format, if such are to read the file.
+    Ranks, alphas and targets stand in the header under "lora_adapter_metadata". Readers that do not know it (older
+    versions of diffusers) take the rank for alpha: for those train with alpha = rank, or write kohya's format.
     """
     tensors, settings = {}, {}
     for part, module in modules.items():
@@ -232,8 +222,11 @@ def save_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
               other part lora_unet_. The format's scale is alpha / r, so rsLoRA is written with alpha sqrt(r).
     """
     tensors: dict[str, Tensor] = {}
+    prefixes = {part: _kohya_prefixes(part)[part == "text_encoder" and "text_encoder_2" in modules] for part in modules}
+    if len(set(prefixes.values())) < len(modules):
+        raise ValueError(f"{', '.join(modules)}: kohya's format has one denoiser, so write a file for each")
     for part, module in modules.items():
-        prefix = "lora_te1_" if part == "text_encoder" and "text_encoder_2" in modules else _kohya_prefixes(part)[0]
+        prefix = prefixes[part]
         for name, layer in _adapted(module).items():
             key = prefix + name.replace(".", "_")
             if f"{key}.alpha" in tensors:
@@ -259,14 +252,14 @@ def config(module: nn.Module) -> dict:
 
     return {
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": alpha,
         "target_modules": _targets(module, layers),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": first.lora_magnitude_vector is not None,
         "use_rslora": first.rank_stabilised,
         "rank_pattern": {pattern(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {pattern(name): _whole(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha},
+        "alpha_pattern": {pattern(name): layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
     }
 
 
@@ -277,10 +270,6 @@ def _targets(module: nn.Module, layers: Collection[str]) -> list[str] | str:
         if {name for name in names if _matches(name, targets)} == set(layers):
             return targets
     return "|".join(re.escape(name) for name in sorted(layers))
-
-
-def _whole(value: float) -> int | float:
-    return int(value) if value == int(value) else value
 
 
 def _diffusers_file(path: str | Path) -> Path:
@@ -307,8 +296,6 @@ _OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 # What PEFT can do besides, that changes the function computed and leaves no tensor of its own in the file.
 _FOREIGN = ("lora_bias", "use_qalora", "layer_replication", "alora_invocation_tokens", "velora_config", "arrow_config")
 
-Locate = Callable[[str], str | None]  # a path as the file spells it -> the name of a layer, or None
-
 
 class Part(NamedTuple):
     """What a file holds for one network."""
@@ -316,7 +303,7 @@ class Part(NamedTuple):
     module: nn.Module
     tensors: dict[str, Tensor]  # by the keys of the file
     prefix: str  # that all these keys begin with
-    locate: Locate
+    locate: Callable[[str], str | None]  # a path as the file spells it -> the name of a layer, or None
     settings: dict = {}  # in PEFT's words; empty where the file has none
 
 
@@ -327,16 +314,18 @@ def load_peft(folder: str | Path, module: nn.Module) -> list[nn.Parameter]:
     WeightsError for what is damaged, incomplete, of another shape, not LoRA, or names a layer that is not there; the
     network is then as it was.
     """
-    folder = Path(folder)
-    settings = _json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA" or "r" not in settings or "lora_alpha" not in settings:
-        raise WeightsError(f"{folder / 'adapter_config.json'}: not a LoRA with its r and lora_alpha")
+    folder, about = Path(folder), Path(folder) / "adapter_config.json"
+    if not about.is_file():
+        raise weights.WeightsNotFound(f"{about} is missing: an adapter's folder holds it beside its tensors")
+    settings = _parse(about.read_text(encoding="utf-8", errors="replace"), str(about))
+    if settings.get("peft_type") != "LORA":
+        raise WeightsError(f"{about}: not a LoRA but {settings.get('peft_type')}")
     file, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not file.exists() and pickled.exists():
         file, tensors = pickled, weights.read_pickle(pickled)
     else:
         tensors = weights.read(file)
-    return _load(file, [Part(module, tensors, "", _by_name(module), settings)])
+    return _load(file, tensors, [Part(module, tensors, "", _by_name(module), settings)])
 
 
 def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -363,8 +352,7 @@ def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[n
                 settings = {k[len(prefix) :]: v for k, v in metadata.items() if prefix and k.startswith(prefix)}
                 parts.append(Part(module, mine, prefix, _by_name(module), settings))
                 break
-    _expect_all_taken(file, tensors, parts)
-    return _load(file, parts)
+    return _load(file, tensors, parts)
 
 
 def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -379,11 +367,10 @@ def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Pa
         for prefix in _kohya_prefixes(name):
             if mine := {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}:
                 parts.append(Part(module, mine, prefix, _by_underscores(module, path)))
-    _expect_all_taken(path, tensors, parts)
-    return _load(path, parts)
+    return _load(path, tensors, parts)
 
 
-def _by_name(module: nn.Module) -> Locate:
+def _by_name(module: nn.Module) -> Callable[[str], str | None]:
     """Paths with dots: as they are, or in a spelling of 2023."""
     layers = _adaptable(module)
 
@@ -398,7 +385,7 @@ def _by_name(module: nn.Module) -> Locate:
     return locate
 
 
-def _by_underscores(module: nn.Module, path: str | Path) -> Locate:
+def _by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str | None]:
     """Paths whose dots have become underscores, which only the layers at hand can undo."""
     names: dict[str, set[str]] = defaultdict(set)
     for name in _adaptable(module):
@@ -414,9 +401,9 @@ def _by_underscores(module: nn.Module, path: str | Path) -> Locate:
     return locate
 
 
-def _load(file: str | Path, parts: Sequence[Part]) -> list[nn.Parameter]:
+def _load(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -> list[nn.Parameter]:
     """Attach what a file holds to the layers it names. Everything is judged before anything is changed."""
-    plans, unknown = [], []
+    plans, unknown = [], list(tensors.keys() - {key for part in parts for key in part.tensors})
     for part in parts:
         _expect_bare(part.module)
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -432,9 +419,12 @@ def _load(file: str | Path, parts: Sequence[Part]) -> list[nn.Parameter]:
             found[name][slot] = tensor
         plans.append((part, found))
     if unknown:
-        raise WeightsError(f"{file}: {_list(unknown)} have no place in {_kinds(parts)}; nothing was loaded")
-    if not any(found for _, found in plans):
-        raise WeightsError(f"{file}: no adapter for {_kinds(parts)}")
+        names = ", ".join(sorted(unknown)[:6]) + (", ..." if len(unknown) > 6 else "")
+        networks = " and ".join(type(part.module).__name__ for part in parts) or "what was given"
+        raise WeightsError(f"{file}: {len(unknown)} keys ({names}) have no place in {networks}; nothing was loaded")
+    for _, found in plans:
+        if len({"magnitude" in slots or "dora_scale" in slots for slots in found.values()}) > 1:
+            raise WeightsError(f"{file}: DoRA in some layers of a network and not in others")
     ready = []
     for part, found in plans:
         for name, slots in found.items():
@@ -469,21 +459,7 @@ def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], 
         raise WeightsError(f"{where}: DoRA magnitudes and the setting use_dora contradict each other")
     if foreign := [key for key in _FOREIGN if settings.get(key)]:
         raise WeightsError(f"{where}: made with {', '.join(foreign)}, which is not LoRA as it is known here")
-    alpha: float = rank
-    if settings:
-        try:
-            said = _by_pattern(settings.get("rank_pattern"), name, settings["r"])
-            alpha = float(_by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"]))
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-            raise WeightsError(f"{where}: its settings do not say rank and alpha ({error})") from error
-        if said != rank:
-            raise WeightsError(f"{where}: rank {rank}, but its settings say {said}, so the scale is in doubt")
-    if "alpha" in slots:
-        if slots["alpha"].numel() != 1:
-            raise WeightsError(f"{where}: alpha is {tuple(slots['alpha'].shape)}, not one number")
-        alpha = slots["alpha"].item()
-    if not math.isfinite(alpha):
-        raise WeightsError(f"{where}: alpha is {alpha}")
+    alpha = _alpha(where, name, rank, slots.get("alpha"), settings)
 
     def own(tensor: Tensor, shape: Sequence[int]) -> Tensor:  # never a view of the mapped file, which may be replaced
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -493,30 +469,22 @@ def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], 
     return own(a, shape_a), own(b, shape_b), magnitude, alpha, bool(settings.get("use_rslora"))
 
 
+def _alpha(where: str, name: str, rank: int, given: Tensor | None, settings: dict) -> float:
+    """A layer's alpha by its own tensor or the settings, which must agree with the rank; by neither, the rank."""
+    try:
+        said = _by_pattern(settings.get("rank_pattern"), name, settings["r"]) if settings else rank
+        alpha = _by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"]) if settings else rank
+        alpha = float(alpha if given is None else given)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, re.error) as error:
+        raise WeightsError(f"{where}: rank and alpha are not said ({type(error).__name__}: {error})") from error
+    if said != rank or not math.isfinite(alpha):
+        raise WeightsError(f"{where}: rank {rank}, but its settings say rank {said} and alpha {alpha:g}")
+    return alpha
+
+
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape of at least two sizes without the kernel's, where that is 1x1."""
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
-
-
-def _expect_all_taken(file: str | Path, tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> None:
-    taken = {key for part in parts for key in part.tensors}
-    if lost := tensors.keys() - taken:
-        raise WeightsError(f"{file}: {_list(lost)} belong to no part that was given; nothing was loaded")
-
-
-def _kinds(parts: Sequence[Part]) -> str:
-    return " or ".join(type(part.module).__name__ for part in parts) or "the parts given"
-
-
-def _list(names: Collection[str], most: int = 6) -> str:
-    names = sorted(names)
-    return f"{len(names)} keys ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        raise weights.WeightsNotFound(f"{path} is missing: an adapter's folder holds it beside its tensors")
-    return _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def _parse(text: str, where: str) -> dict:

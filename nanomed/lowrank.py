@@ -58,21 +58,25 @@ class Adapted:
         |W|^2 + 2 s <W, B A> + s^2 |B A|^2, where <W, B A> = B . (W A^T)."""
         w, a, b = self.weight.detach().flatten(1), self.lora_A.weight.detach(), self.lora_B.weight.detach()
         a, b = a.flatten(1), b.flatten(1)
-        cross = torch.mm(a.to(w.dtype), w.t()).t().to(b.dtype)  # W A^T, (out, r)
-        gram = torch.mm(b, torch.mm(a, a.t()))  # B A A^T, (out, r)
+        with torch.autocast(w.device.type, enabled=False):
+            cross = torch.mm(a.to(w.dtype), w.t()).t().to(b.dtype)  # W A^T, (out, r)
+            gram = torch.mm(b, torch.mm(a, a.t()))  # B A A^T, (out, r)
         square = torch.linalg.vector_norm(w, dim=1, dtype=b.dtype).square()
         square = square + (b * (2 * self.scale * cross + self.scale**2 * gram)).sum(1)
         return square.clamp_min(torch.finfo(b.dtype).tiny).sqrt()  # a row of zeros stays zero, not NaN
 
-    def gain(self, dtype: torch.dtype) -> Tensor:
-        """m / |W + s B A|, in the shape of `lora_magnitude_vector`."""
+    def rescaled(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """m / |W + s B A| y + bias, with a gain in the adapter's dtype: bf16 has no number between 1 and 1.0078."""
         magnitude = self.lora_magnitude_vector
-        return (magnitude / self.norm().view_as(magnitude)).to(dtype)
+        gain = magnitude / self.norm().view_as(magnitude)
+        out = y * gain if bias is None else torch.addcmul(bias.to(y.dtype).view_as(gain), y, gain)
+        return out.to(y.dtype)
 
     def merged_weight(self) -> Tensor:
         """The weight that does alone what the layer and its adapter do; computed in fp32, in the layer's dtype."""
         a, b = self.lora_A.weight.detach().flatten(1), self.lora_B.weight.detach().flatten(1)
-        weight = torch.addmm(self.weight.detach().flatten(1).to(a.dtype), b, a, alpha=self.scale)
+        with torch.autocast(a.device.type, enabled=False):
+            weight = torch.addmm(self.weight.detach().flatten(1).to(a.dtype), b, a, alpha=self.scale)
         if self.lora_magnitude_vector is not None:
             norm = torch.linalg.vector_norm(weight, dim=1).clamp_min(torch.finfo(a.dtype).tiny)
             weight *= (self.lora_magnitude_vector.detach().flatten() / norm).unsqueeze(1)
@@ -120,8 +124,7 @@ class LoraLinear(Adapted, nn.Linear):
         if self.lora_magnitude_vector is None:
             return LowRankLinear.apply(x, weight, bias, a, b, self.scale)
         y = LowRankLinear.apply(x, weight, None, a, b, self.scale)
-        gain = self.gain(y.dtype)
-        return y * gain if bias is None else torch.addcmul(bias, y, gain)
+        return self.rescaled(y, bias)
 
 
 class LoraConv2d(Adapted, nn.Conv2d):
@@ -136,8 +139,7 @@ class LoraConv2d(Adapted, nn.Conv2d):
         y = torch.add(y, F.conv2d(h, self.lora_B.weight.to(h.dtype)), alpha=self.scale)
         if plain:
             return y
-        gain = self.gain(y.dtype)  # (1, out, 1, 1)
-        return y * gain if self.bias is None else torch.addcmul(self.bias.to(y.dtype).view_as(gain), y, gain)
+        return self.rescaled(y, self.bias)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -163,27 +165,44 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, weight, a, b, h = ctx.saved_tensors
-        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        with torch.autocast(dy.device.type, enabled=False):  # for a backward() inside the context
+            return LowRankLinear._gradients(ctx.needs_input_grad, dy, *ctx.saved_tensors, ctx.scale)
+
+    @staticmethod
+    def _gradients(asked, dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, h: Tensor, scale: float):
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (N, in), (N, out)
         dx = dw = dbias = da = db = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            g = torch.mm(b.to(dy.dtype).t(), dy.t()).mul_(ctx.scale)  # s (dy B)^T, (r, N)
-        if ctx.needs_input_grad[0]:
+        if asked[0] or asked[3]:
+            g = torch.mm(b.to(dy.dtype).t(), dy.t()).mul_(scale)  # s (dy B)^T, (r, N)
+        if asked[0]:
             dx = torch.mm(dy, weight).addmm_(g.t(), a.to(dy.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1]:  # only where the base trains too
+        if asked[1]:  # only where the base trains too
             dw = torch.mm(dy.t(), rows)
-        if ctx.needs_input_grad[2]:
+        if asked[2]:
             dbias = dy.sum(0)
-        if ctx.needs_input_grad[3]:
+        if asked[3]:
             da = torch.mm(g, rows).to(a.dtype)  # (r, in)
-        if ctx.needs_input_grad[4]:
-            db = torch.mm(h, dy).mul_(ctx.scale).t().to(b.dtype)  # (out, r)
+        if asked[4]:
+            db = torch.mm(h, dy).mul_(scale).t().to(b.dtype)  # (out, r)
         return dx, dw, dbias, da, db, None
+
+
+def start(weight: Tensor, rank: int, init: str, dora: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and DoRA's magnitude (or None) for a layer's weight, at their start: A gaussian with std 1/r or "kaiming",
+    B zero, m = |W|; in fp32, or in fp64 where the weight is."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a = torch.empty(rank, *weight.shape[1:], dtype=dtype, device=weight.device)
+    b = torch.zeros(weight.shape[0], rank, *[1] * (weight.dim() - 2), dtype=dtype, device=weight.device)
+    if init == "gaussian":
+        nn.init.normal_(a, std=1 / rank)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, b, weight.detach().flatten(1).to(dtype).norm(dim=1) if dora else None
 
 
 def attach(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor | None, alpha: float, stabilised: bool) -> None:
     layer.__class__ = LoraLinear if type(layer) is nn.Linear else LoraConv2d
-    layer.alpha, layer.rank_stabilised, layer.base = float(alpha), stabilised, ()
+    layer.alpha, layer.rank_stabilised, layer.base = int(alpha) if alpha == int(alpha) else alpha, stabilised, ()
     layer.lora_A, layer.lora_B = Factor(a), Factor(b)
     if magnitude is not None and layer.weight.dim() == 4:
         magnitude = magnitude.view(1, -1, 1, 1)

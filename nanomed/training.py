@@ -27,12 +27,12 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
     columns = texts = None
     if "image" in frozen and config.views:
         columns = _cached_images(config, system, *frozen["image"], table, augment, rank, world, device)
-    if "text" in frozen:
+    if "text" in frozen and config.join == 1:  # joined prompts are too many to keep
         texts = _cached_texts(config, system, *frozen["text"], table, rank, world)
     replace = {"some": 0.5, "all": 1.0}.get(config.strategy, 0.0) if config.paraphrases else 0.0
     return Batches(
         table.rows, system.size, config.batch, config.seed, rank, world, pairs=pairs, augment=augment,
-        dropout=system.dropout if pairs else 0.0, view_count=config.views, columns=columns, texts=texts, replace=replace,
+        dropout=system.dropout if pairs else 0.0, view_count=config.views, columns=columns, texts=texts, replace=replace, join=config.join,
     )  # fmt: skip
 
 

@@ -57,6 +57,9 @@ class Batches:
 
     `strategy` says how paraphrases are used (Chaichuk & Tutubalina 2024, section 3): "" not at all, "add" as pairs of
     their own, "replace" with probability `replace` in place of the prompt.
+
+    With `join` > 1 a sample's prompt is followed by 0 to join - 1 other prompts of the same image: one sentence says
+    one thing, so a small model that trains its own text encoder learns the words several times faster from three.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class Batches:
         columns: Columns | None = None,
         texts: tuple[dict[str, int], Columns] | None = None,
         replace: float = 0.0,
+        join: int = 1,
     ):
         self.rows, self.size, self.batch, self.seed, self.rank, self.world = rows, size, batch, seed, rank, world
         self.dropout, self.augment, self.columns, self.texts, self.replace = dropout, augment, columns, texts, replace
-        self.views = views(view_count)
+        self.views, self.join = views(view_count), join
         self.view_count = view_count
         if pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
@@ -123,6 +127,9 @@ class Batches:
         prompt = row.prompts[which] if row.prompts else ""
         if row.paraphrases and swap < self.replace:
             prompt = row.paraphrases[which]
+        if self.join > 1 and row.prompts:
+            others = rng.permutation([i for i in range(len(row.prompts)) if i != which])[: rng.integers(self.join)]
+            prompt = " ".join([prompt, *(row.prompts[i] for i in others)])
         is_dropped = dropped < self.dropout
         if self.columns is not None:
             number = self.view_count + flip if is_dropped else view % self.view_count
