@@ -95,7 +95,9 @@ def pixels(paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 @torch.inference_mode()
-def evaluate(real: str | list[Path], fake: list[Path], prompts: list[str] | None, config: Config, asked: list[str]) -> dict:
+def evaluate(
+    real: str | list[Path], fake: list[Path], prompts: list[str] | None, config: Config, asked: list[str]
+) -> dict:
     """{metric: {"value", "protocol", "n_real", "n_fake", ...}} of real against generated images."""
     from nanomed.data import toy
     from nanomed.metrics import scores
@@ -227,7 +229,9 @@ def of_run(fake: Path, real: list[Path], config) -> dict[str, str]:
     results = evaluate("toy" if toy_world else real, paths, prompts_of(settings, len(paths)), settings, asked)
     files.write_json(fake / "results.json", results)
     print(table(results))
-    return {name: f"{entry['value']:.4f} (N = {entry['n_fake']}, {entry['protocol']})" for name, entry in results.items()}
+    return {
+        name: f"{entry['value']:.4f} (N = {entry['n_fake']}, {entry['protocol']})" for name, entry in results.items()
+    }
 
 
 def table(results: dict[str, dict]) -> str:
@@ -236,7 +240,8 @@ def table(results: dict[str, dict]) -> str:
     for name, entry in results.items():
         spread = f" +- {entry['deviation']:.3f}" if "deviation" in entry else ""
         lines.append(
-            f"{name:34} {entry['value']:>10.4f}  {entry['n_real'] or '-':>7} {entry['n_fake']:>7}  {entry['protocol']}{spread}"
+            f"{name:34} {entry['value']:>10.4f}  {entry['n_real'] or '-':>7} {entry['n_fake']:>7}  "
+            f"{entry['protocol']}{spread}"
         )
     sizes = [min(e["n_real"], e["n_fake"]) for e in results.values() if e["n_real"]]
     if sizes and min(sizes) < SMALL:

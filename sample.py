@@ -45,6 +45,7 @@ def main() -> None:
 
     prompts = read_prompts(config.prompts)
     rank, world, device = runtime.init()
+    runtime.autocast(config.precision, device)  # refuses an unknown one before anything is drawn
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=device)
     if rank == 0:
@@ -137,7 +138,8 @@ def _claim(out: Path, settings: dict, rank: int) -> None:
                 ]
                 different += [key for key in ("batch", "rows", "prompts") if before.get(key) != settings[key]]
                 raise runtime.UsageError(
-                    f"{out} holds images drawn with other settings ({', '.join(different)}); choose another --out or remove it"
+                    f"{out} holds images drawn with other settings ({', '.join(different)}); "
+                    f"choose another --out or remove it"
                 )
         elif out.is_dir() and any(out.glob("*.png")):
             raise runtime.UsageError(f"{out} holds images that sample.py did not draw; choose another --out")

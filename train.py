@@ -93,10 +93,16 @@ def main() -> int:
     if rank == 0:
         print(f"{run.folder}: {config.model} on {len(train.rows)} images ({len(valid.rows)} held out), {device}")
 
+    for stage in run.state["stages"]:
+        system.resume(stage, run.folder / "model")
     for stage in [config.stage] if config.stage else system.stages:
         if stage in run.state["stages"]:
-            system.resume(stage, run.folder / "model")
             continue
+        before = [other for other in system.stages if other not in run.state["stages"]][0]
+        if before != stage:
+            raise runtime.UsageError(
+                f"--stage {stage} builds on stage {before}: say --resume with a run that has trained it"
+            )
         finished = train_stage(_for_stage(config, stage), system, stage, run, train, valid, stop, rank, world, device)
         if not finished:
             run.update(status="preempted")
@@ -192,8 +198,8 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
             since, seen = time.monotonic(), step
         if in_a_row == 3:
             raise FloatingPointError(
-                f"{stage}: loss or gradient was not finite for 3 steps in a row, up to step {step}; the weights are those "
-                f"before them. Lower --lr, or use --precision bf16 or fp32"
+                f"{stage}: loss or gradient was not finite for 3 steps in a row, up to step {step}; the weights are "
+                f"those before them. Lower --lr, or use --precision bf16 or fp32"
             )
         leaving = runtime.any_rank(bool(stop.received), device)
         if step % config.save_every == 0 or step == config.steps or leaving:

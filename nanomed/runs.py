@@ -48,9 +48,7 @@ def model_folder(run: str | Path) -> Path:
     """Where a run keeps its trained system."""
     folder = Path(run) / "model"
     if not (folder / "system.json").is_file():
-        raise FileNotFoundError(
-            f"{run}: no stage that can be sampled is finished yet; go on with train.py --resume {run}"
-        )
+        raise FileNotFoundError(f"{run}: no stage that can be sampled is finished yet; go on with --resume {run}")
     return folder
 
 
@@ -87,7 +85,8 @@ class Run:
         if not is_run(folder):
             raise runtime.UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
-        for name in ("model", "data", "seed", "batch", "accumulate", "world"):
+        decisive = ("model", "data", "seed", "batch", "accumulate", "world", "size", "valid", "views", "augment")
+        for name in (*decisive, "paraphrases", "strategy", "join"):
             if before.get(name) != config.get(name):
                 raise runtime.UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; the run could not "

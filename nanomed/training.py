@@ -31,9 +31,21 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
         texts = _cached_texts(config, system, *frozen["text"], table, rank, world)
     replace = {"some": 0.5, "all": 1.0}.get(config.strategy, 0.0) if config.paraphrases else 0.0
     return Batches(
-        table.rows, system.size, config.batch, config.seed, rank, world, pairs=pairs, augment=augment,
-        dropout=system.dropout if pairs else 0.0, view_count=config.views, columns=columns, texts=texts, replace=replace, join=config.join,
-    )  # fmt: skip
+        table.rows,
+        system.size,
+        config.batch,
+        config.seed,
+        rank,
+        world,
+        pairs=pairs,
+        dropout=system.dropout if pairs else 0.0,
+        augment=augment,
+        view_count=config.views,
+        columns=columns,
+        texts=texts,
+        replace=replace,
+        join=config.join if pairs else 1,
+    )
 
 
 def _cached_images(config, system, part, encode, table, augment, rank, world, device):

@@ -131,7 +131,9 @@ def test_broken_csv_files_are_refused_with_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value) and "p.csv" in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["Prompt;Filename\r\na;1\r\nb;2\r\n", "\ufefftext\na\nb\n", "id\tprompt\n1\ta\n2\tb\n"])
+@pytest.mark.parametrize(
+    "content", ["Prompt;Filename\r\na;1\r\nb;2\r\n", "\ufefftext\na\nb\n", "id\tprompt\n1\ta\n2\tb\n"]
+)
 def test_delimiters_marks_and_column_names_are_recognised(tmp_path, content):
     path = tmp_path / "p.csv"
     path.write_text(content, encoding="utf-8", newline="")
@@ -167,7 +169,9 @@ def test_names_never_leave_their_folder(tmp_path):
         with pytest.raises(DataError):
             images.inside(tmp_path / "in", name)
     for _ in range(2000):
-        name = "".join(rng.choice(["..", "/", "a", ".", "\\", "~", "C:", "\0", "b.png"]) for _ in range(rng.randrange(1, 7)))
+        name = "".join(
+            rng.choice(["..", "/", "a", ".", "\\", "~", "C:", "\0", "b.png"]) for _ in range(rng.randrange(1, 7))
+        )
         try:
             path = images.inside(tmp_path / "in", name)
         except DataError:
@@ -300,7 +304,7 @@ def test_an_epoch_holds_every_pair_once_and_ranks_share_it(toy_rows):
 
 
 def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows):
-    """"upper-left" must stay true: a sample with a prompt is never mirrored."""
+    """ "upper-left" must stay true: a sample with a prompt is never mirrored."""
     source = batches.Batches(toy_rows, 32, 8, seed=2, dropout=0.5, augment=False)
     upright = {images.msdm_valid(images.open_rgb(row.file), 32).tobytes() for row in toy_rows}
     dropped = kept = flipped = 0

@@ -11,8 +11,8 @@ def kind(prompt: str) -> str:
     said = grammar.parse(prompt)
     if "not containing" in prompt:
         return "not containing"
-    for key in ("contains", "findings", "instruments", "polyps", "sizes", "paris", "procedure", "abnormality_at",
-                "instrument_at", "landmark_at"):  # fmt: skip
+    places = ("abnormality_at", "instrument_at", "landmark_at")
+    for key in ("contains", "findings", "instruments", "polyps", "sizes", "paris", "procedure", *places):
         if key in said:
             return key
     return "stray" if prompt == grammar.STRAY else "colors"

@@ -141,7 +141,9 @@ def test_a_broken_step_is_skipped_and_counted_and_three_in_a_row_stop(run_train,
         losses = forward(self, batch, stage, step)
         return losses | {"loss": losses["loss"] * float("nan")} if self.training_step(step) in broken else losses
 
-    monkeypatch.setattr(MSDM, "training_step", lambda self, step: step + 1 if torch.is_grad_enabled() else 0, raising=False)
+    monkeypatch.setattr(
+        MSDM, "training_step", lambda self, step: step + 1 if torch.is_grad_enabled() else 0, raising=False
+    )
     monkeypatch.setattr(MSDM, "forward", sometimes)
     with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row, up to step 6"):
         run_train(tmp_path)
@@ -336,7 +338,16 @@ def test_learning_rate_schedules():
 
 
 def test_flags_follow_the_names_people_type():
-    argv = ["--model", "msdm-tiny", "--learning_rate", "0.5", "--train-batch-size", "7", "--max_train_steps=3", "--compile"]
+    argv = [
+        "--model",
+        "msdm-tiny",
+        "--learning_rate",
+        "0.5",
+        "--train-batch-size",
+        "7",
+        "--max_train_steps=3",
+        "--compile",
+    ]
     config = runtime.parse(train.Config, argv)
     assert (config.lr, config.batch, config.steps, config.compile) == (0.5, 7, 3, True)
     assert set(config.given) == {"model", "lr", "batch", "steps", "compile"}

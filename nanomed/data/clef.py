@@ -6,14 +6,17 @@ The organisers' file is `prompt-gt.csv` (semicolons, CRLF, names with .jpg). The
 
 from pathlib import Path
 
-from nanomed.data.images import inside
-from nanomed.data.table import DataError, Row, Table, column, read_csv
+from nanomed.data.images import find
+from nanomed.data.table import DataError, Row, Table, column, read_csv, report
 
-NAMES = ("prompt-gt.csv", "train_captions.csv", "captions.csv")
+NAMES = ("prompt-gt.csv", "train_captions.csv", "captions.csv", "metadata.csv")
 
 
-def load(folder: str | Path) -> Table:
-    """One row an image, its prompts in the order of the file. `folder` may also be the CSV itself."""
+def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
+    """One row an image, its prompts in the order of the file. `folder` may also be the CSV itself.
+
+    With `problems`, lines that cannot be used are noted there instead of raised, and left out.
+    """
     folder = Path(folder).expanduser()
     if folder.is_file():
         path, folder = folder, folder.parent
@@ -24,39 +27,33 @@ def load(folder: str | Path) -> Table:
                 f"{folder}: none of {', '.join(NAMES)} is there; give the data set's folder or its CSV file"
             )
         path = found[0]
-    records = read_csv(path)
+    records = read_csv(path, problems)
     if not records:
         raise DataError(f"{path}: no rows below the header")
     first = records[0][1]
     prompt, name, other = (
-        column(first, ("Prompt",)),
+        column(first, ("Prompt", "text")),
         column(first, ("Filename", "file_name")),
         column(first, ("Paraphrase",)),
     )
     if prompt is None or name is None:
         raise DataError(f"{path}:1: columns Prompt and Filename are needed, not {', '.join(first)}")
 
-    images: dict[str, list[tuple[str, str]]] = {}
-    lines: dict[str, int] = {}
+    files: dict[str, Path | None] = {}  # a name is looked up once
+    images: dict[Path, list[tuple[str, str]]] = {}
     for line, record in records:
         key = record[name].strip()
-        images.setdefault(key, []).append((record[prompt], record[other] if other else ""))
-        lines.setdefault(key, line)
-    rows = []
-    for key, said in images.items():
-        file = _find(folder, key, path, lines[key])
-        rows.append(Row(file, tuple(p for p, _ in said), tuple(q for _, q in said) if other else ()))
-    return Table("clef", tuple(rows))
-
-
-def _find(folder: Path, name: str, path: Path, line: int) -> Path:
-    """The image of a name, in `images/` or beside the CSV, with or without its suffix."""
-    for root in (folder / "images", folder):
-        for candidate in (name, f"{name}.jpg", f"{name}.jpeg", f"{name}.png"):
+        if key not in files:
+            files[key] = None
             try:
-                file = inside(root, candidate)
+                files[key] = find(key, (folder / "images", folder))
             except DataError as error:
-                raise DataError(f"{path}:{line}: {error}") from None
-            if file.is_file():
-                return file
-    raise DataError(f"{path}:{line}: no image {name!r} in {folder / 'images'}")
+                report(DataError(f"{path}:{line}: {error}"), problems)
+        if file := files[key]:
+            said = record[prompt]
+            images.setdefault(file, []).append((said, (record[other] if other else "") or said))
+    rows = []
+    for file, said in images.items():
+        prompts, paraphrases = zip(*said)
+        rows.append(Row(file, prompts, paraphrases if other and paraphrases != prompts else ()))
+    return Table("clef", tuple(rows))

@@ -5,34 +5,47 @@ are several captions of it.
 """
 
 import json
+import re
 from pathlib import Path
 
-from nanomed.data.images import SUFFIXES, inside
-from nanomed.data.table import DataError, Row, Table, column, read_csv, read_text
+from nanomed.data.images import find, listing
+from nanomed.data.table import DataError, Row, Table, column, read_csv, read_text, report
 
 FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "filename", "image"), ("text", "prompt", "caption")
 
 
-def load(folder: str | Path) -> Table:
-    """One row an image. File names are relative to the metadata file."""
+def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
+    """One row an image. File names are relative to the metadata file.
+
+    With `problems`, lines and images that cannot be used are noted there instead of raised, and left out.
+    """
     folder = Path(folder).expanduser()
     for name, read in (("metadata.csv", read_csv), ("metadata.jsonl", _read_jsonl)):
-        if (folder / name).is_file():
-            return Table("folder", tuple(_rows(folder, folder / name, read(folder / name))))
+        path = folder / name
+        if path.is_file():
+            return Table("folder", tuple(_rows(folder, path, read(path, problems), problems)))
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
-    if not images or missing:
+    images = listing(folder, "**/*", problems)
+    if not images:
+        raise DataError(f"{folder}: no images")
+    if not any(path.with_suffix(".txt").is_file() for path in images):
         raise DataError(
             f"{folder}: needs metadata.csv or metadata.jsonl with file_name and text, or a .txt beside every image"
-            + (f"; {missing[0].name} has none" if missing else "")
         )
-    captions = {path: read_text(path.with_suffix(".txt")).strip().splitlines() for path in images}
-    return Table("folder", tuple(Row(path, tuple(lines)) for path, lines in captions.items()))
+    rows = []
+    for path in images:
+        sidecar = path.with_suffix(".txt")
+        try:
+            lines = [line.strip() for line in re.split(r"[\r\n]+", read_text(sidecar))]
+        except DataError as error:
+            report(DataError(f"{error}; {path.name} needs it for its caption"), problems)
+            lines = []
+        rows.append(Row(path, tuple(filter(None, lines))))
+    return Table("folder", tuple(rows))
 
 
-def _rows(folder: Path, path: Path, records: list[tuple[int, dict]]) -> list[Row]:
+def _rows(folder: Path, path: Path, records: list[tuple[int, dict]], problems: list[DataError] | None) -> list[Row]:
     if not records:
         raise DataError(f"{path}: no rows")
     name, text = column(records[0][1], FILE_COLUMNS), column(records[0][1], TEXT_COLUMNS)
@@ -40,27 +53,26 @@ def _rows(folder: Path, path: Path, records: list[tuple[int, dict]]) -> list[Row
         raise DataError(f"{path}:1: columns file_name and text are needed, not {', '.join(records[0][1])}")
     captions: dict[Path, list[str]] = {}
     for line, record in records:
-        if name not in record or text not in record:
-            raise DataError(f"{path}:{line}: {name} or {text} is missing")
         try:
-            file = inside(folder, record[name])
+            texts = record.get(text)
+            texts = texts if isinstance(texts, list) else [texts]  # JSON may hold several captions
+            if not isinstance(record.get(name), str) or not all(isinstance(caption, str) for caption in texts):
+                raise DataError(f"{name} or {text} is missing or no text")
+            captions.setdefault(find(record[name], (folder,)), []).extend(texts)
         except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from None
-        if not file.is_file():
-            raise DataError(f"{path}:{line}: no image {record[name]!r} in {folder}")
-        captions.setdefault(file, []).append(record[text])
+            report(DataError(f"{path}:{line}: {error}"), problems)
     return [Row(file, tuple(texts)) for file, texts in captions.items()]
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, dict]]:
+def _read_jsonl(path: Path, problems: list[DataError] | None) -> list[tuple[int, dict]]:
     records = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1):
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: not an object with file_name and text")
-            records.append((number, record))
+                if not isinstance(record, dict):
+                    raise ValueError("no object with file_name and text")
+                records.append((number, record))
+            except (ValueError, RecursionError) as error:
+                report(DataError(f"{path}:{number}: not JSON as expected ({error})"), problems)
     return records

@@ -2,43 +2,51 @@
 
 from pathlib import Path
 
-from nanomed.data.images import inside
-from nanomed.data.table import DataError, Row, Table, column, read_csv
+from nanomed.data.images import listing
+from nanomed.data.table import DataError, Row, Table, column, read_csv, report
 
 DIAGNOSES = {
-    "akiec": "actinic keratosis", "bcc": "basal cell carcinoma", "bkl": "benign keratosis", "df": "dermatofibroma",
-    "mel": "melanoma", "nv": "melanocytic nevus", "vasc": "vascular lesion", "scc": "squamous cell carcinoma",
+    "akiec": "actinic keratosis", "ak": "actinic keratosis", "bcc": "basal cell carcinoma", "bkl": "benign keratosis",
+    "df": "dermatofibroma", "mel": "melanoma", "nv": "melanocytic nevus", "vasc": "vascular lesion",
+    "scc": "squamous cell carcinoma",
 }  # fmt: skip
 
 
-def load(folder: str | Path) -> Table:
-    """One row an image; the caption says the diagnosis and, where they are known, the place, age and sex."""
+def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
+    """One row an image; the caption says the diagnosis and, where they are known, the place, age and sex.
+
+    Images lie in the folder or one folder below it. Several images of one lesion (`lesion_id`) are one group, which a
+    split does not tear: 10,015 images of HAM10000 show 7,470 lesions. With `problems`, lines that cannot be used are
+    noted there instead of raised, and left out.
+    """
     folder = Path(folder).expanduser()
-    found = sorted(folder.glob("*metadata*.csv")) or sorted(folder.glob("*.csv"))
+    found = [path for path in sorted(folder.glob("*metadata*")) if path.suffix in ("", ".csv", ".tab", ".tsv")]
+    found = found or sorted(folder.glob("*.csv"))
     if not found:
         raise DataError(f"{folder}: no metadata CSV with image_id and dx")
     path = found[0]
-    records = read_csv(path)
+    records = read_csv(path, problems)
     if not records or not {"image_id", "dx"} <= records[0][1].keys():
         raise DataError(f"{path}:1: columns image_id and dx are needed")
-    return Table("ham10000", tuple(_row(folder, path, line, record) for line, record in records))
 
-
-def _row(folder: Path, path: Path, line: int, record: dict[str, str]) -> Row:
-    name = record["image_id"]
-    for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
-        try:
-            files = [inside(place, candidate) for candidate in (f"{name}.jpg", f"{name}.png", name)]
-        except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from None
-        for file in files:
-            if file.is_file():
-                return Row(file, (_caption(record),), label=record["dx"])
-    raise DataError(f"{path}:{line}: no image {name!r} in {folder}")
+    files: dict[str, Path] = {}
+    for file in listing(folder, "*", problems) + listing(folder, "*/*", problems):
+        files.setdefault(file.name, file)
+        files.setdefault(file.stem, file)
+    rows = {}
+    for line, record in records:
+        name, group = record["image_id"].strip(), record.get("lesion_id", "")
+        if name not in files:
+            report(DataError(f"{path}:{line}: no image {name!r} in {folder} or a folder in it"), problems)
+        elif files[name] in rows:
+            report(DataError(f"{path}:{line}: {name} has a row above already"), problems)
+        else:
+            rows[files[name]] = Row(files[name], (_caption(record),), label=record["dx"], group=group)
+    return Table("ham10000", tuple(rows.values()))
 
 
 def _caption(record: dict[str, str]) -> str:
-    caption = f"A dermoscopic image of {DIAGNOSES.get(record['dx'], record['dx'])}"
+    caption = f"A dermoscopic image of {DIAGNOSES.get(record['dx'].lower(), record['dx'])}"
 
     def known(name: str) -> str:
         key = column(record, (name,))

@@ -2,14 +2,16 @@
 
 orientation    EXIF is obeyed
 16 bit         divided by 257 (all of 0 .. 65535 to 0 .. 255), never clipped
-32-bit integer scaled from its own range when it exceeds 255;  float: [0, 1] times 255, else its own range
-alpha          composited over black, palettes with transparency too
-CMYK and other colour spaces, and grey: converted to RGB
+32-bit integer up to 255: as it is; up to 65535: divided by 257; else its own range is stretched to 0 .. 255
+float          in [0, 1]: times 255; else its own range is stretched to 0 .. 255. NaN becomes black
+alpha          composited over black, palettes and colour keys with transparency too
+CMYK, YCbCr, LAB and grey: converted to RGB; embedded colour profiles are not applied, as in the papers' code
 animations     the first frame
+damage         an error that names the file: a half-read image is never handed on
 """
 
 import stat
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from nanomed.data.table import DataError
+from nanomed.data.table import DataError, report
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -31,10 +33,37 @@ def inside(root: str | Path, name: str) -> Path:
     if bad:
         raise DataError(f"the file name {name!r} is refused: it must be relative and stay in its folder")
     path = Path(root) / name
-    if path.is_symlink() or any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(root)):
-        if not path.resolve().is_relative_to(Path(root).resolve()):
-            raise DataError(f"{path} is refused: it links to a place outside {root}")
+    try:
+        if path.is_symlink() or any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(root)):
+            if not path.resolve().is_relative_to(Path(root).resolve()):
+                raise DataError(f"{path} is refused: it links to a place outside {root}")
+    except (OSError, RuntimeError, UnicodeError) as error:  # too long, a circle of links, half a surrogate pair
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise DataError(f"the file name {name!r} is refused: {reason}") from None
     return path
+
+
+def find(name: str, folders: Sequence[Path]) -> Path:
+    """The image of that name, with or without its suffix, in the first of `folders` that has it; else a DataError."""
+    for folder in folders:
+        for suffix in ("", *SUFFIXES):
+            path = inside(folder, name + suffix)
+            if path.is_file():
+                return path
+    raise DataError(f"no image {name!r} in {folders[0]}")
+
+
+def listing(folder: Path, pattern: str, problems: list[DataError] | None = None) -> list[Path]:
+    """The image files that a pattern finds in a folder, sorted. Names that begin with a dot are left out; links that
+    lead out of the folder are refused."""
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            try:
+                found.append(inside(folder, path.relative_to(folder).as_posix()))
+            except DataError as error:
+                report(error, problems)
+    return found
 
 
 def open_rgb(path: str | Path) -> Image.Image:
@@ -43,51 +72,46 @@ def open_rgb(path: str | Path) -> Image.Image:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path}: not a regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(
-                        f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; make it smaller"
-                    )
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=FORMATS) as image:  # reads the header alone
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{path}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not a {', '.join(FORMATS)} image") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # whatever a decoder makes of bytes it did not expect
         raise DataError(f"{path}: damaged image ({error}); get the file again") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, by the policy at the top of this file."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image).astype(np.float64) / 257)
     if image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        known = values[np.isfinite(values)]
+        low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
         if image.mode == "F" and 0 <= low and high <= 1:
             return _grey(values * 255)
-        if image.mode == "I" and 0 <= low and 255 < high <= 65535:
-            return _grey(values / 257)
-        if 0 <= low and high <= 255:
-            return _grey(values)
+        if image.mode == "I" and 0 <= low and high <= 65535:
+            return _grey(values / 257 if high > 255 else values)
         return _grey((values - low) / max(high - low, 1e-12) * 255)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
     return image.convert("RGB")
 
 
 def _grey(values: np.ndarray) -> Image.Image:
-    grey = np.clip(np.nan_to_num(values) + 0.5, 0, 255).astype(np.uint8)
+    grey = np.clip(np.nan_to_num(values, nan=-1.0) + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 
 
@@ -108,7 +132,8 @@ def _square(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
 def msdm_valid(image: Image.Image, size: int) -> np.ndarray:
     """Centre crop of the shorter side, bilinear resize: uint8 (size, size, 3). Also the transform of MSDM's VAE."""
     side = min(image.size)
-    return np.asarray(_square(image, (image.width - side) // 2, (image.height - side) // 2, size))
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)  # as torchvision rounds
+    return np.asarray(_square(image, left, top, size))
 
 
 def msdm_train(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A file of prompts: what `sample.py --prompts` reads."""
 
+import re
 from pathlib import Path
 
 from nanomed.data.table import DataError, column, read_csv, read_text
@@ -13,7 +14,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".tsv"):
-        lines = read_text(path).splitlines()
+        lines = re.split(r"\r\n|\r|\n", read_text(path))
         while lines and not lines[-1].strip():
             lines.pop()
         prompts = [line.strip() for line in lines]
@@ -23,7 +24,8 @@ def read_prompts(path: str | Path) -> list[str]:
             raise DataError(f"{path}: no prompts below the header")
         name = column(records[0][1], ("prompt", "text", "caption")) or _only(records[0][1])
         if name is None:
-            raise DataError(f"{path}:1: no column prompt, Prompt or text among {', '.join(records[0][1])}")
+            names = ", ".join(records[0][1])
+            raise DataError(f"{path}:1: no column prompt, Prompt or text in the header, which is: {names}")
         prompts = [record[name].strip() for _, record in records]
     if not prompts:
         raise DataError(f"{path}: no prompts")
@@ -31,4 +33,6 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _only(record: dict[str, str]) -> str | None:
-    return next(iter(record)) if len(record) == 1 else None
+    """The one column there is, unless its name is a sentence: then the file has no header, and this is a prompt."""
+    name = next(iter(record))
+    return name if len(record) == 1 and len(name.split()) <= 3 else None

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ class Row:
     prompts: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()  # one for each prompt, or none at all
     label: str = ""  # the class, where the data set has classes
+    group: str = ""  # images that a split keeps together, such as those of one lesion; empty: the image alone
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,30 @@ class Table:
     rows: tuple[Row, ...]
 
     def split(self, share: float, seed: int, by_label: bool = False) -> tuple["Table", "Table"]:
-        """(train, valid) with `share` of the images in valid; all prompts of an image stay together.
+        """(train, valid) with `share` of the images in valid; all prompts of an image stay together, and all images
+        of a group.
 
-        The choice depends on seed and file names alone, not on the order of the rows. With `by_label` every class
-        gives the same share.
+        The choice depends on seed and names alone, not on the order of the rows. With `by_label` every class gives
+        the same share.
         """
-        groups: dict[str, list[Row]] = {}
+        if not 0 <= share < 1:
+            raise DataError(f"a share of {share} held out: it must be at least 0 and less than 1")
+        classes: dict[str, dict[str, list[Path]]] = {}
         for row in self.rows:
-            groups.setdefault(row.label if by_label else "", []).append(row)
+            units = classes.setdefault(row.label if by_label else "", {})
+            units.setdefault(row.group or row.file.as_posix(), []).append(row.file)
         held_out: set[Path] = set()
-        for label, rows in groups.items():
-            files = sorted(row.file for row in rows)
-            random.Random(f"{seed} {label}").shuffle(files)
-            held_out.update(files[: round(share * len(files)) if share else 0])
+        for label, units in classes.items():
+            names, wanted, taken = sorted(units), round(share * sum(map(len, units.values()))), 0
+            random.Random(f"{seed} {label}").shuffle(names)
+            for name in names:
+                if taken >= wanted:
+                    break
+                held_out.update(units[name])
+                taken += len(units[name])
         if share and not held_out and len(self.rows) > 1:
-            held_out = {min(row.file for row in self.rows)}
+            first = min(self.rows, key=lambda row: row.file)
+            held_out = {row.file for row in self.rows if row is first or row.group == first.group != ""}
         train = tuple(row for row in self.rows if row.file not in held_out)
         valid = tuple(row for row in self.rows if row.file in held_out)
         return Table(self.name, train), Table(self.name, valid)
@@ -60,11 +71,16 @@ def with_paraphrases(table: Table, path: str | Path, strategy: str) -> Table:
         raise DataError(f"paraphrase strategy {strategy!r}: choose add, some or all")
     choices: dict[str, list[str]] = {}
     for line, record in read_csv(path):
-        if not {"Prompt", "Paraphrase"} <= record.keys():
-            raise DataError(f"{path}:{line}: columns Prompt and Paraphrase are needed, not {', '.join(record)}")
-        choices.setdefault(record["Prompt"], []).append(record["Paraphrase"])
+        prompt, paraphrase = column(record, ("Prompt",)), column(record, ("Paraphrase",))
+        if prompt is None or paraphrase is None:
+            raise DataError(f"{path}:1: columns Prompt and Paraphrase are needed, not {', '.join(record)}")
+        if record[prompt] and not record[paraphrase].strip():
+            raise DataError(f"{path}:{line}: an empty paraphrase would train without a condition; write one")
+        choices.setdefault(record[prompt], []).append(record[paraphrase])
 
     def other(prompt: str, file: Path) -> str:
+        if not prompt:
+            return ""
         if prompt not in choices:
             raise DataError(f"{path}: no paraphrase of {prompt!r}; make the file again from these prompts")
         return random.Random(f"{file.name} {prompt}").choice(choices[prompt])
@@ -79,17 +95,26 @@ def with_paraphrases(table: Table, path: str | Path, strategy: str) -> Table:
     return Table(table.name, tuple(rows))
 
 
-def read_csv(path: str | Path) -> list[tuple[int, dict[str, str]]]:
+def report(error: DataError, problems: list[DataError] | None) -> None:
+    """Raise an error; or, for a caller that wants to know them all (the doctor), note it and go on."""
+    if problems is None:
+        raise error
+    problems.append(error)
+
+
+def read_csv(path: str | Path, problems: list[DataError] | None = None) -> list[tuple[int, dict[str, str]]]:
     """(line number, record) of every row of a CSV file with a header.
 
     The delimiter (comma, semicolon or tab) is taken from the header; a byte-order mark, CRLF and quoted newlines are
-    understood. Anything torn is a DataError that names file and line.
+    understood. Anything torn is a DataError that names file and line; with `problems`, rows of the wrong length are
+    noted there and left out.
     """
     path = Path(path)
     text = read_text(path)
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    header_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    delimiter = max(",;\t", key=re.sub('"[^"]*"', "", header_line).count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 0
     try:
         header = next(reader, None)
         if not header or not any(header):
@@ -103,13 +128,12 @@ def read_csv(path: str | Path) -> list[tuple[int, dict[str, str]]]:
             if not values:
                 continue
             if len(values) != len(header):
-                raise DataError(
-                    f"{path}:{start}: {len(values)} fields where the header has {len(header)}; quote fields that contain "
-                    f"{delimiter!r}"
-                )
+                torn = f"{len(values)} fields where the header has {len(header)}"
+                report(DataError(f"{path}:{start}: {torn}; quote fields that contain {delimiter!r}"), problems)
+                continue
             records.append((start, dict(zip(header, values))))
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}; check the quotes") from None
+        raise DataError(f"{path}:{line + 1}: {error}; check the quotes from here on") from None
     return records
 
 

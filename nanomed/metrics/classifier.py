@@ -6,7 +6,6 @@ of two toy models draws better; it is not an FID and is never called one.
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,10 +1,10 @@
 """Images to features: how pixels are brought to a network's size is half of every FID, so it has names here.
 
-    tf            TF1 bilinear: corners aligned at zero, no antialiasing. torch-fidelity and torchmetrics <= 1.7, which
-                  is what the papers used
-    pytorch-fid   half-pixel bilinear without antialiasing, images scaled to [-1, 1]
-    torchmetrics  half-pixel bilinear with antialiasing: torchmetrics >= 1.8
-    clean         Pillow's antialiased bicubic (Parmar et al. 2022)
+tf            TF1 bilinear: corners aligned at zero, no antialiasing. torch-fidelity and torchmetrics <= 1.7, which
+              is what the papers used
+pytorch-fid   half-pixel bilinear without antialiasing, images scaled to [-1, 1]
+torchmetrics  half-pixel bilinear with antialiasing: torchmetrics >= 1.8
+clean         Pillow's antialiased bicubic (Parmar et al. 2022)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,7 +58,9 @@ def _clean(images: Tensor) -> Tensor:
     out = torch.empty(len(images), 3, SIDE, SIDE)
     for i, image in enumerate(images.float().numpy()):
         for c, plane in enumerate(image):
-            out[i, c] = torch.from_numpy(np.array(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
+            out[i, c] = torch.from_numpy(
+                np.array(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+            )
     return (out - 128) / 128
 
 
@@ -127,4 +129,3 @@ def frechet_to(
     stand_in = classifier.load(shipped)
     features = toy_features(stand_in, real)
     return lambda images: frechet_distance(features, toy_features(stand_in, images.numpy())), classifier.NAME
-

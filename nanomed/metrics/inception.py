@@ -185,7 +185,9 @@ def load(path: str | Path | None = None, folder: str | None = None) -> Inception
     """
     place = Path(path) if path else _find(folder)
     if place.is_dir():
-        found = [place / name for name in (FILE, "model.safetensors", "inception.safetensors") if (place / name).is_file()]
+        found = [
+            place / name for name in (FILE, "model.safetensors", "inception.safetensors") if (place / name).is_file()
+        ]
         if not found:
             raise weights.WeightsError(f"{place}: neither {FILE} nor model.safetensors is there")
         place = found[0]

@@ -20,9 +20,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of the Gaussians fitted to two sets of features (Heusel et al.
     2017, eq. 6). Any N >= 2; with few samples the estimate is biased upwards.
 
-    tr (S_a S_b)^(1/2) is the sum of the singular values of X_a X_b^T / sqrt((n_a - 1)(n_b - 1)), X centred features: that
-    N x N form is used when samples are fewer than dimensions and is never singular. Otherwise it is the sum of the
-    square roots of the eigenvalues of L^T S_b L with S_a = L L^T.
+    tr (S_a S_b)^(1/2) is the sum of the singular values of X_a X_b^T / sqrt((n_a - 1)(n_b - 1)), X centred features:
+    that N x N form is used when samples are fewer than dimensions and is never singular. Otherwise it is the sum of
+    the square roots of the eigenvalues of L^T S_b L with S_a = L L^T.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a Frechet distance needs at least 2 samples on each side, not {len(a)} and {len(b)}")
@@ -53,9 +53,7 @@ def trace_sqrt(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(factor.T @ b @ factor).clamp(min=0).sqrt().sum()
 
 
-def kernel_distance(
-    a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
     """KID (Binkowski et al. 2018): mean and standard deviation, over random subsets, of the unbiased squared MMD with
     the kernel (x.y / D + 1)^3.
 

@@ -180,12 +180,12 @@ class MSDM(System):
         if stage != "vae":
             return ""
         try:
-            found = weights.find("vgg16", folder)
+            found = weights.find("vgg16-397923af.pth", folder)
         except FileNotFoundError:
-            return "VAE loss without its perceptual part: put torchvision's VGG16 (safetensors) in weights/vgg16/ to have it"
+            return "VAE loss without its perceptual part: put torchvision's vgg16-397923af.pth into weights/ to have it"
         with torch.device("meta"):
             perceptual = VGGDistance()
-        tensors = weights.read(found, "model", prefix="features.")
+        tensors = weights.read_pickle(found, prefix="features.")
         device = next(self.vae.parameters()).device
         self._perceptual = [weights.load(perceptual, tensors).to(device).requires_grad_(False)]
         return ""

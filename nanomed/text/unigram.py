@@ -16,10 +16,10 @@ import re
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from nanomed.weights import WeightsError, WeightsNotFound
 
 PAD, END, UNK, SPACE = "<pad>", "</s>", "<unk>", "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
+T = TypeVar("T")
 UNIGRAM = 1  # among the kinds of models
 UNKNOWN_PENALTY = 10.0  # a character without a piece costs this much more than the least probable piece
 
@@ -73,16 +74,22 @@ class Spiece:
         return cls(tuple(pieces), _message(normal.get(2, b"")), *flags, bool(trained.get(35)))
 
     @classmethod
-    def from_json(cls, text: str) -> "Spiece":
+    def from_json(cls, text: str | bytes) -> "Spiece":
         """From a `tokenizer.json` with a Unigram model. Raises ValueError, KeyError, ... where it is something else."""
         content = json.loads(text)
         model = content["model"]
         if model.get("type", "Unigram") != "Unigram":
             raise ValueError(f"a {model['type']} model; T5's are Unigram")
         kinds = {token["id"]: CONTROL for token in content.get("added_tokens", [])} | {model["unk_id"]: UNKNOWN}
-        pieces = tuple(Piece(text, _single(score), kinds.get(i, NORMAL)) for i, (text, score) in enumerate(model["vocab"]))
+        pieces = tuple(
+            Piece(text, _single(score), kinds.get(i, NORMAL)) for i, (text, score) in enumerate(model["vocab"])
+        )
         normalizer = content.get("normalizer") or {}
-        maps = [n["precompiled_charsmap"] for n in normalizer.get("normalizers", [normalizer]) if "precompiled_charsmap" in n]
+        maps = [
+            n["precompiled_charsmap"]
+            for n in normalizer.get("normalizers", [normalizer])
+            if "precompiled_charsmap" in n
+        ]
         return cls(pieces, base64.b64decode(maps[0] or "") if maps else b"")
 
     def encode(self) -> bytes:
@@ -156,6 +163,11 @@ def _spelled(value: int) -> bytes:
     return bytes([*out, value])
 
 
+def _single(value: float) -> float:
+    """Rounded to float32."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
 # ------------------------------------------------------------------------------------------------------ the algorithm
 
 
@@ -174,7 +186,6 @@ class Normalizer:
             self.strings = model.charsmap[4 + size :]
         kept = sorted((p.text for p in model.pieces if p.kind == USER_DEFINED), key=len, reverse=True)
         self.kept = re.compile("|".join(map(re.escape, kept)).encode()) if kept else None
-        self.entries: dict[bytes, tuple[int, bytes]] = {}
 
     def __call__(self, text: str) -> str:
         if not text:
@@ -255,23 +266,27 @@ class Unigram:
     def __call__(self, text: str) -> list[int]:
         """Viterbi search from left to right over the normalised text."""
         text = self.normalize(text)
+        find, scores = self.prefixes.get, self.scores
         score = array("f", bytes(4 * len(text) + 4))  # of the best path to each place; float32, as in sentencepiece
         begin = [-1] * (len(text) + 1)  # of the last piece of that path
         last = [self.unknown] * (len(text) + 1)  # the id of that piece
+        total = array("f", [0.0])  # an array of one: sums are rounded to float32 before they are compared
         for start in range(len(text)):
-            so_far, single = score[start], False
+            single = False
             for end in range(start + 1, len(text) + 1):
-                piece = self.prefixes.get(text[start:end])
+                piece = find(text[start:end])
                 if piece is None:
                     break
-                if piece < 0:
-                    continue
-                single = single or end == start + 1
-                if begin[end] < 0 or so_far + self.scores[piece] > score[end]:
-                    score[end], begin[end], last[end] = so_far + self.scores[piece], start, piece
-            end = start + 1
-            if not single and (begin[end] < 0 or so_far + self.unknown_score > score[end]):
-                score[end], begin[end], last[end] = so_far + self.unknown_score, start, self.unknown
+                if piece >= 0:
+                    single = single or end == start + 1
+                    total[0] = score[start] + scores[piece]
+                    if begin[end] < 0 or total[0] > score[end]:
+                        score[end], begin[end], last[end] = total[0], start, piece
+            if not single:
+                end = start + 1
+                total[0] = score[start] + self.unknown_score
+                if begin[end] < 0 or total[0] > score[end]:
+                    score[end], begin[end], last[end] = total[0], start, self.unknown
         return self._spelled(text, begin, last)
 
     def _spelled(self, text: str, begin: list[int], last: list[int]) -> list[int]:
@@ -283,7 +298,7 @@ class Unigram:
                 ids.append(last[end])
             elif self.bytes:
                 ids += [self.bytes[byte] for byte in reversed(text[begin[end] : end].encode())]
-            elif not ids or end == len(text) or ids[-1] != self.unknown:
+            elif ids[-1:] != [self.unknown]:
                 ids.append(self.unknown)
             end = begin[end]
         return ids[::-1]
@@ -302,18 +317,25 @@ class T5Tokenizer:
     either side is tokenized by itself. This is what the published systems do (Hugging Face's tokenizers, slow and
     fast); sentencepiece alone takes such a word for letters and signs.
 
-    extra   tokens that the model lacks, with their ids; None for T5's `<extra_id_99>` ... `<extra_id_0>` behind it
+    extra   special tokens that the model lacks: a table with their ids, or how many `<extra_id_n>` follow its pieces,
+            the last one first; None for T5's 100, or 0 where the pieces include them (mT5)
     """
 
-    def __init__(self, model: Spiece, extra: dict[str, int] | None = None):
+    def __init__(self, model: Spiece, extra: dict[str, int] | int | None = None):
         self.unigram = Unigram(model)
         ids = {piece.text: i for i, piece in enumerate(model.pieces)}
         if END not in ids:
             raise ValueError(f"there is no {END} among its pieces")
         if extra is None:
-            extra = {} if any("extra_id_0>" in text for text in ids) else sentinels(len(ids), 100)
-        self.extra = extra
-        self.special = {text: ids[text] for text in (PAD, END, UNK) if text in ids} | extra
+            extra = 0 if any("<extra_id_" in text for text in ids) else 100
+        if isinstance(extra, int):
+            extra = {f"<extra_id_{extra - 1 - i}>": len(ids) + i for i in range(extra)}
+        self.extra = {text: i for text, i in extra.items() if text not in ids}
+        if odd := [text for text, i in self.extra.items() if not text or type(i) is not int or not 0 <= i < 1 << 31]:
+            raise ValueError(f"the special token {odd[0]!r} has the id {extra[odd[0]]!r}")
+        outside = {piece.text: ids[piece.text] for piece in model.pieces if piece.kind in (CONTROL, UNKNOWN)}
+        self.special = {text: i for text, i in outside.items() if text in (PAD, END, UNK) or "<extra_id_" in text}
+        self.special |= self.extra
         self.end_id, self.pad_id, self.cut = ids[END], ids.get(PAD, 0), 0
         names = sorted(self.special, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})")
@@ -322,23 +344,114 @@ class T5Tokenizer:
     def from_folder(cls, folder: str | Path) -> "T5Tokenizer":
         """From `spiece.model`, else `tokenizer.json`; special tokens from added_tokens.json and tokenizer_config.json.
 
-        Raises WeightsNotFound where neither is there and WeightsError, naming the file, where it is damaged.
+        Raises WeightsNotFound where neither is there and WeightsError, naming the file, where one is damaged.
         """
         folder = Path(folder)
-        path = folder / "spiece.model"
-        if not path.is_file():
-            path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise WeightsNotFound(f"{folder}: neither spiece.model nor tokenizer.json is there")
-        try:
-            if path.name == "spiece.model":
-                model = Spiece.parse(path.read_bytes())
-            else:
-                model = Spiece.from_json(path.read_text(encoding="utf-8"))
-            here, path = path, folder / "tokenizer_config.json"
-            extra = _extra(folder, model)
-            path = here
-            return cls(model, extra)
-        except Exception as error:  # numbers, text, JSON, keys, types: whatever a damaged file leads to
-            reason = str(error).partition("\n")[0][:200]
-            raise WeightsError(f"{path}: not a T5 tokenizer ({type(error).__name__}: {reason})") from error
+        extra: dict[str, int] | int | None = None
+        if (path := folder / "tokenizer_config.json").is_file():
+            extra = _read(path, _extra)
+        if (path := folder / "added_tokens.json").is_file():
+            extra = _read(path, lambda content: dict(json.loads(content))) or extra
+        if (path := folder / "spiece.model").is_file():
+            return _read(path, lambda content: cls(Spiece.parse(content), extra))
+        if (path := folder / "tokenizer.json").is_file():
+            return _read(path, lambda content: cls(Spiece.from_json(content), extra))
+        raise WeightsNotFound(f"{folder}: neither spiece.model nor tokenizer.json is there")
+
+    def __len__(self) -> int:
+        """Rows that an embedding needs at least; the published ones have more (32,128 for 32,100)."""
+        return max(len(self.unigram.model.pieces), *(i + 1 for i in self.special.values()))
+
+    def __call__(self, prompts: list[str], length: int = 120) -> tuple[Tensor, Tensor]:
+        """Tokenize, cut or pad to `length`. Each distinct prompt is tokenized once."""
+        if length < 1:
+            raise ValueError(f"length {length}: {END} alone is 1")
+        found = self._encode(prompts)
+        ids = torch.full((len(prompts), length), self.pad_id)
+        mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+        self.cut = 0
+        for i, prompt in enumerate(prompts):
+            tokens = found[prompt]
+            self.cut += len(tokens) > length - 1
+            tokens = [*tokens[: length - 1], self.end_id]
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            mask[i, : len(tokens)] = True
+        return ids, mask
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """The tokens that each prompt needs, the end included."""
+        found = self._encode(prompts)
+        return [len(found[prompt]) + 1 for prompt in prompts]
+
+    def _encode(self, prompts: list[str]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for prompt in prompts:
+            if prompt in found:
+                continue
+            try:
+                prompt.encode()
+            except (AttributeError, UnicodeEncodeError) as error:  # not a string at all, or lone surrogates
+                raise ValueError(f"a prompt is not text: {prompt!r}") from error
+            ids = found[prompt] = []
+            for i, part in enumerate(self._special.split(prompt)):  # text, special, text, special, ..., text
+                ids += [self.special[part]] if i % 2 else self.unigram(part)
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Write spiece.model, added_tokens.json and tokenizer_config.json."""
+        folder = Path(folder)
+        with files.atomic(folder / "spiece.model") as temporary:
+            temporary.write_bytes(self.unigram.model.encode())
+        files.write_json(folder / "added_tokens.json", self.extra)
+        names = {"eos_token": END, "unk_token": UNK, "pad_token": PAD}
+        extra = [text for text in self.special if text.startswith("<extra_id_")]
+        config = {
+            "tokenizer_class": "T5Tokenizer",
+            **names,
+            "extra_ids": len(extra),
+            "additional_special_tokens": extra,
+        }
+        files.write_json(folder / "tokenizer_config.json", config)
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> T:
+    try:
+        return parse(path.read_bytes())
+    except Exception as error:  # numbers, text, JSON, keys, types: whatever a damaged file leads to
+        reason = str(error).partition("\n")[0][:200]
+        raise WeightsError(f"{path}: not of a T5 tokenizer, or damaged ({type(error).__name__}: {reason})") from error
+
+
+def _extra(content: bytes) -> dict[str, int] | int | None:
+    """What a tokenizer_config.json says about special tokens behind the pieces."""
+    config = json.loads(content)
+    if table := {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}:
+        return table
+    count = config.get("extra_ids")
+    if count is not None and (type(count) is not int or not 0 <= count <= 10_000):
+        raise ValueError(f"extra_ids {count!r}")
+    return count
+
+
+def train_unigram(texts: Iterable[str], pieces: int) -> T5Tokenizer:
+    """A small T5-style vocabulary from texts, for models that train from scratch.
+
+    All characters and the most frequent words, each with the logarithm of its share; words that are left out are
+    spelled. No normalisation but that of spaces. The same texts give the same vocabulary.
+    """
+    normalize = Normalizer(Spiece(()))
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(re.findall(f"{SPACE}[^{SPACE}]*", normalize(text)))
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+    total = letters.total() + words.total()
+    kept = sorted(letters, key=lambda letter: (-letters[letter], letter))
+    longer = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
+    kept += longer[: max(pieces - len(kept) - 3, 0)]
+    counts = words | letters
+    special = [Piece(PAD, 0.0, CONTROL), Piece(END, 0.0, CONTROL), Piece(UNK, 0.0, UNKNOWN)]
+    scored = [Piece(text, _single(math.log(counts[text] / total))) for text in kept]
+    return T5Tokenizer(Spiece((*special, *scored)))

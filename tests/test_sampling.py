@@ -1,0 +1,214 @@
+"""sample.py: image i depends on (seed, i) alone, every text is encoded once, and nothing stops it for good."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nanomed
+import sample
+from nanomed import files, runtime, systems
+from nanomed.data import grammar
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = grammar.all_prompts()[:7] * 2  # 14 rows, 7 texts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny system with random weights everywhere, saved as train.py saves one."""
+    torch.manual_seed(0)
+    system = systems.build("msdm-tiny")
+    with torch.no_grad():
+        for p in system.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    folder = tmp_path_factory.mktemp("model")
+    system.save(folder)
+    return folder
+
+
+@pytest.fixture
+def draw(model):
+    def go(out: Path, prompts=PROMPTS, **settings) -> dict[str, bytes]:
+        torch.set_num_threads(1)
+        config = sample.Config(out=str(out), **({"batch": 4, "steps": 2} | settings))
+        sample.draw(nanomed.load(model), prompts, config, 0, 1, torch.device("cpu"))
+        return images(out)
+
+    return go
+
+
+def images(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
+
+
+def test_one_png_a_row_with_a_manifest_that_says_how(draw, tmp_path):
+    drawn = draw(tmp_path / "a")
+    assert list(drawn) == [f"{row:05d}.png" for row in range(14)]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "manifest.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    assert {"seed", "steps", "guidance", "model", "sha256"} <= lines[0].keys()
+    assert lines[3]["sha256"] == files.sha256(tmp_path / "a" / "00003.png")
+    image = Image.open(tmp_path / "a" / "00000.png")
+    assert image.mode == "RGB" and image.size == (32, 32) and not image.info
+    assert len(set(drawn.values())) == 14  # the same text in two rows gives two images
+
+
+def test_stopped_anywhere_and_started_again_it_is_the_same_set(draw, tmp_path):
+    whole = draw(tmp_path / "a")
+    again = draw(tmp_path / "b")
+    assert again == whole
+    rng = random.Random(0)
+    for name in rng.sample(sorted(whole), 5):
+        (tmp_path / "b" / name).unlink()
+    torn = tmp_path / "b" / "00013.png"
+    torn.write_bytes(whole["00013.png"][:100])
+    assert draw(tmp_path / "b") == whole
+
+
+def test_across_batch_sizes_an_image_moves_by_rounding_at_most(draw, tmp_path):
+    pixels = {}
+    for batch in (1, 3, 8):
+        draw(tmp_path / str(batch), batch=batch)
+        pixels[batch] = np.stack([np.asarray(Image.open(p)) for p in sorted((tmp_path / str(batch)).glob("*.png"))])
+    for batch in (3, 8):
+        assert np.abs(pixels[1].astype(int) - pixels[batch].astype(int)).max() <= 1
+
+
+def test_an_image_does_not_depend_on_the_rows_around_it(draw, tmp_path):
+    """The first five rows alone, the last batch short: the same bytes as in the long file."""
+    long, short = draw(tmp_path / "a"), draw(tmp_path / "b", prompts=PROMPTS[:5])
+    assert {name: long[name] for name in short if name != "00004.png"} == {
+        name: data for name, data in short.items() if name != "00004.png"
+    }
+
+
+def test_every_distinct_text_is_encoded_once(model, tmp_path, monkeypatch):
+    """5,000 rows with 260 texts encode 260 texts, and the empty one."""
+    texts = grammar.all_prompts()[:260]
+    prompts = [texts[i % 260] for i in range(5000)]
+    system, seen = nanomed.load(model), []
+    encode = system.encode_text
+    monkeypatch.setattr(system, "encode_text", lambda batch: seen.extend(batch) or encode(batch))
+    monkeypatch.setattr(system, "sample", lambda prompts, noise, *a, **k: (
+        system.encode_text(prompts), system.encode_text([""] * len(prompts)), torch.zeros(len(prompts), 3, 8, 8)
+    )[2])  # fmt: skip
+    monkeypatch.setattr(files, "write_png", lambda path, image: path.write_bytes(b""))
+    monkeypatch.setattr(sample, "_whole", lambda path: path.is_file())
+    config = sample.Config(out=str(tmp_path), batch=250)
+    sample.draw(system, prompts, config, 0, 1, torch.device("cpu"))
+    assert len(seen) == 261 and set(seen) == {*texts, ""}
+
+
+def test_other_settings_are_not_mixed_into_a_folder(draw, tmp_path):
+    draw(tmp_path, prompts=PROMPTS[:2])
+    with pytest.raises(runtime.UsageError, match=r"other settings \(seed\)"):
+        draw(tmp_path, prompts=PROMPTS[:2], seed=1)
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "x" / "holiday.png")
+    with pytest.raises(runtime.UsageError, match="did not draw"):
+        draw(tmp_path / "x", prompts=PROMPTS[:2])
+
+
+def test_the_zip_is_the_same_bytes_every_time(draw, tmp_path):
+    for name in ("a", "b"):
+        draw(tmp_path / name, prompts=PROMPTS[:3], zip=True)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    assert zipfile.ZipFile(tmp_path / "a.zip").namelist() == ["00000.png", "00001.png", "00002.png"]
+
+
+def test_guidance_steps_negative_prompts_and_minmax_change_the_image(draw, tmp_path):
+    base = draw(tmp_path / "base", prompts=PROMPTS[:1])
+    for i, change in enumerate(({"guidance": 5.0}, {"steps": 3}, {"negative": PROMPTS[1]}, {"minmax": True})):
+        assert draw(tmp_path / str(i), prompts=PROMPTS[:1], **change) != base
+    stretched = np.asarray(Image.open(tmp_path / "3" / "00000.png"))
+    assert stretched.min() == 0 and stretched.max() == 255
+
+
+def test_noise_belongs_to_the_image():
+    """A row's first and every later draw are the same in any company."""
+    alone, company = runtime.ImageNoise(7, [5]), runtime.ImageNoise(7, [1, 5, 9])
+    for shape in ((4, 8, 8), (3,), (4, 8, 8)):
+        assert torch.equal(alone.randn(*shape)[0], company.randn(*shape)[1])
+    assert not torch.equal(runtime.ImageNoise(8, [5]).randn(4), runtime.ImageNoise(7, [5]).randn(4))
+
+
+def command(model: Path, prompts: Path, out: Path, ranks: int) -> list[str]:
+    head = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)
+    ]  # fmt: skip
+    flags = ["--model", str(model), "--prompts", str(prompts), "--out", str(out), "--batch", "4", "--steps", "2"]
+    return [*head, str(ROOT / "sample.py"), *flags]
+
+
+@pytest.fixture
+def prompt_file(tmp_path) -> Path:
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt\n" + "".join(f'"{prompt}"\n' for prompt in PROMPTS * 2))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def killed_until_done(model: Path, prompts: Path, out: Path, kills: int) -> None:
+    """kill -9 the launcher and its ranks at random times, start again, until done."""
+    rng, hits = random.Random(0), 0
+    while True:
+        process = subprocess.Popen(
+            command(model, prompts, out, 2), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=None if hits >= kills else rng.uniform(3.0, 7.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            hits += 1
+        error = process.communicate()[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), error[-2000:]
+        if process.returncode == 0:
+            return
+
+
+def test_two_ranks_killed_at_random_times_give_the_bytes_of_one(model, prompt_file, tmp_path):
+    """Short form of the slow test: 2 kills."""
+    subprocess.run(command(model, prompt_file, tmp_path / "a", 1), env=environment(), check=True, capture_output=True)
+    killed_until_done(model, prompt_file, tmp_path / "b", 2)
+    assert images(tmp_path / "a") == images(tmp_path / "b") and len(images(tmp_path / "a")) == 28
+    assert not list((tmp_path / "b").glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_fifty_times(model, prompt_file, tmp_path):
+    subprocess.run(command(model, prompt_file, tmp_path / "a", 1), env=environment(), check=True, capture_output=True)
+    for number in range(10):
+        killed_until_done(model, prompt_file, tmp_path / f"b{number}", 5)
+        assert images(tmp_path / "a") == images(tmp_path / f"b{number}")
+
+
+@pytest.mark.parametrize("flags, code, message", [
+    (["--prompts", "nowhere.csv"], 3, "nowhere.csv: no such file"),
+    ([], 2, "say which prompts"),
+    (["--prompts", "P", "--model", "weights/nothing"], 4, "weights/nothing was not found"),
+    (["--prompts", "P", "--steps", "many"], 2, "--steps many"),
+    (["--prompts", "P", "--precision", "fp8", "--model", "M"], 2, "choose fp32, bf16 or fp16"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_an_exit_code(model, prompt_file, tmp_path, flags, code, message):
+    words = [{"P": str(prompt_file), "M": str(model)}.get(word, word) for word in flags]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *words, "--out", str(tmp_path / "o")],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code and message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not images(tmp_path / "o")

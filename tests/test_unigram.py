@@ -1,0 +1,431 @@
+"""T5's tokenizer: against the sentencepiece library on models trained here and on the published ones, against
+transformers, and against recorded ids."""
+
+import hashlib
+import io
+import json
+import random
+import struct
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+
+from nanomed import weights
+from nanomed.text.unigram import BYTE, CONTROL, END, NORMAL, UNKNOWN, Piece, Spiece, T5Tokenizer, Unigram, train_unigram
+
+PROMPTS = [
+    "An endoscopic image of dyed lifted polyps, predominantly blue with speckles of white.",
+    "A dermoscopic image of Melanoma shows a brownish-black irregularly shaped patch with a rough, granular texture.",
+    "Generate an image with polyps of size 5-10mm and 11-20mm.",
+    "Generate an image not containing a green/black box artefact.",
+]
+ALPHABETS = [
+    "abcdefgh ABCDEFGH 0123456789 .,;:!?'\"-_/()[]{}<>|@#$%^&*+=~`\\",
+    " \t\n\r\x0b\x0c\x00\x01\x1f\x7f\x85\x9f\u00a0\u2003\u2028\u3000\ufeff\u200b\u200d\u2060\u00ad",
+    "éüñçøßÆŒİıſǅ Àe\u0301 a\u030a o\u0308\u0304u\u0328\u0301 \u1e9b\u0323\u0345\u0344 \uac00\u1100\u1161\u11a8",
+    "漢字かナｶﾞ한글العربيةעבריתไทยहिन्दी Кириллица \u0958\u0928\u093c \ufb2c \U0001d15e",
+    "😀👩‍⚕️🏽🇩🇪❤️ ①Ⅷ½㎏㍿٣ ﬁ Ａ１ ¨´ﷺ ‴ … \u202eRTL \ud7ff\ue000\ufffd\U0010ffff",
+    "▁ ▁▁ a.",
+]
+PIECES = [
+    "polyp",
+    "Mucosa",
+    "  ",
+    "▁",
+    "\u2581\u2581",
+    "x" * 300,
+    "....",
+    "!!!!!!!",
+    "ha" * 90,
+    "pneumonoultramicroscopic",
+]
+
+
+def strings(count: int, seed: int = 0) -> list[str]:
+    """Prompts in the wild: words, scripts, combining sequences, emoji, control characters, spaces, very long words.
+
+    None of them holds a special token: there sentencepiece and the tokenizer rightly differ.
+    """
+    draw = random.Random(seed)
+    texts = ["", " ", "\n\t", "\x01", "▁", " ▁ ", *PROMPTS, "word " * 500, "é" * 400, "0" * 1000, "\x00" * 3]
+    while len(texts) < count:
+        parts = []
+        for _ in range(draw.randint(1, 8)):
+            kind = draw.randrange(10)
+            if kind < len(ALPHABETS):
+                parts.append("".join(draw.choices(ALPHABETS[kind], k=draw.randint(1, 12))))
+            elif kind == 6:
+                parts.append(draw.choice(PIECES))
+            elif kind == 7:  # one sign many times: there are many ways to cut it that are equally probable
+                parts.append(draw.choice(".!-=_ax0A*~ ") * draw.randint(2, 60))
+            elif kind == 8:
+                parts.append(" ".join(draw.choices(" ".join(PROMPTS).split(), k=draw.randint(1, 6))))
+            else:
+                points = (draw.randrange(0x11000) for _ in range(4))
+                parts.append("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
+        texts.append(draw.choice(["", " "]).join(parts))
+    return [text for text in texts if not any(special in text for special in ("</s>", "<pad>", "<unk>", "<extra_id_"))]
+
+
+def trained(**settings) -> bytes:
+    """A small T5-like spiece.model: 0 pads, 1 ends, 2 is unknown."""
+    out = io.BytesIO()
+    ours = dict(vocab_size=200, normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    corpus = [text for text in strings(200, seed=7) if "\0" not in text] + PROMPTS * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=out, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+        character_coverage=0.98, **ours | settings,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def spiece() -> bytes:
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def folder(spiece, tmp_path_factory):
+    """As PixArt's `tokenizer/`: a spiece.model alone."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "spiece.model").write_bytes(spiece)
+    return folder
+
+
+def assert_as_sentencepiece(model: bytes, texts: list[str]) -> None:
+    """The same normalised text and the same ids, all of them."""
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = Unigram(Spiece.parse(model))
+    for text, ids in zip(texts, reference.encode(texts)):
+        assert ours.normalize(text) == reference.normalize(text), repr(text)
+        assert ours(text) == ids, repr(text)
+
+
+# ------------------------------------------------------------------------------- the algorithm, as sentencepiece has it
+
+
+def test_thousands_of_strings_on_a_model_trained_here(spiece):
+    assert_as_sentencepiece(spiece, strings(5000))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(normalization_rule_name="identity"),
+        dict(normalization_rule_name="nfkc_cf"),
+        dict(remove_extra_whitespaces=False),
+        dict(add_dummy_prefix=False),
+        dict(byte_fallback=True, vocab_size=460),
+        dict(user_defined_symbols=["polyp", "▁image", "é", "½", "<x y>"], control_symbols=["<c>"]),
+        dict(split_by_whitespace=False),
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_setting_of_a_model_is_followed(settings):
+    assert_as_sentencepiece(trained(**settings), strings(600, seed=1) + ["a<c>b", "a<x y>b", "imageimage polyps"] * 2)
+
+
+def test_ties_are_broken_by_float32_rounding():
+    """Equally probable ways to cut a text: which is taken depends on the rounding of sums in float32, and on nothing
+    else here. (In float64 all sums would be equal, and the first one would be kept.)"""
+    scored = [("▁", -2.07), ("x", -7.31), ("xx", -9.03), ("xxx", -10.69), ("xxxx", -12.17)]
+    pieces = (
+        Piece("<unk>", 0.0, UNKNOWN),
+        *(Piece(t, struct.unpack("<f", struct.pack("<f", s))[0]) for t, s in scored),
+    )
+    message = Spiece(pieces).encode()
+    assert_as_sentencepiece(message, ["x" * n for n in range(1, 400)])
+    tie = Unigram(Spiece.parse(message))
+    assert len({tuple(sorted(tie("x" * n)[1:])) == tuple(tie("x" * n)[1:]) for n in range(20, 400)}) == 2
+
+
+def test_a_message_survives_being_written_and_read(spiece):
+    model = Spiece.parse(spiece)
+    again = model.encode()
+    assert Spiece.parse(again) == model
+    reference, ours = (sentencepiece.SentencePieceProcessor(model_proto=message) for message in (spiece, again))
+    texts = strings(300, seed=3)
+    assert ours.encode(texts) == reference.encode(texts)
+    assert (ours.pad_id(), ours.eos_id(), ours.unk_id(), ours.bos_id()) == (0, 1, 2, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ the published
+
+
+@pytest.mark.parametrize("name", ["t5/spiece.model", "sentencepiece/test_model.model",
+                                  "sentencepiece/seqio_test_sentencepiece.model"])  # fmt: skip
+def test_published_models_equal_sentencepiece_on_5000_strings(real_data, name):
+    assert_as_sentencepiece((real_data / name).read_bytes(), strings(5020, seed=2))
+
+
+def test_every_character_on_the_published_model(real_data):
+    """All 1,112,064 code points, in steps that take seconds, each between two letters that it may combine with."""
+    points = [p for p in [*range(0x3100), *range(0x3100, 0x110000, 37)] if not 0xD800 <= p < 0xE000]
+    assert_as_sentencepiece((real_data / "t5/spiece.model").read_bytes(), [f"a{chr(p)}a" for p in points])
+
+
+def test_recorded_ids_of_the_published_model(real_data, golden):
+    """transformers' ids (with </s>), sentencepiece's ids and normalised texts, and two sentencepiece test models."""
+    tokenizer = T5Tokenizer.from_folder(real_data / "t5")
+    cases = json.loads((golden / "t5_hf.json").read_text())["cases"]
+    assert len(cases) == 45
+    for case in cases:
+        ids, mask = tokenizer([case["text"]], length=200)
+        assert ids[mask].tolist() == case["ids"], repr(case["text"])
+    recorded = json.loads((golden / "t5_sentencepiece.json").read_text())
+    assert hashlib.sha256((real_data / "t5/spiece.model").read_bytes()).hexdigest() == recorded["sha256"]
+    for case in recorded["cases"]:
+        assert tokenizer.unigram(case["text"]) == case["ids"]
+        assert tokenizer.unigram.normalize(case["text"]) == case["normalized"]
+    for name in ("test_model", "seqio_test_sentencepiece"):
+        unigram = Unigram(Spiece.parse((real_data / "sentencepiece" / f"{name}.model").read_bytes()))
+        for case in json.loads((golden / f"{name}.json").read_text())["cases"]:
+            assert unigram(case["text"]) == case["ids"]
+
+
+def test_published_normalisation_is_not_nfkc(real_data, golden):
+    """The code points where the model's own normalisation differs from Unicode's, as recorded from sentencepiece."""
+    unigram = T5Tokenizer.from_folder(real_data / "t5").unigram
+    different = json.loads((golden / "t5_normalizer_vs_nfkc.json").read_text())["diff"]
+    assert len(different) == 136
+    for point, middle in different.items():
+        normal = unigram.normalize(f"a{chr(int(point, 16))}a")
+        assert normal.startswith("▁") and (middle is None or normal[2:-1] == middle), point
+
+
+def test_the_published_folder_as_transformers_reads_it(real_data):
+    """Ids, padding, truncation and special tokens; strings in which transformers' own normaliser is exact."""
+    reference = transformers.T5Tokenizer.from_pretrained(real_data / "t5")
+    tokenizer = T5Tokenizer.from_folder(real_data / "t5")
+    texts = [
+        *PROMPTS,
+        "",
+        "polyp " * 200,
+        "a</s>b",
+        "<pad><extra_id_0> x<extra_id_99>  y",
+        "<unk>",
+        "</s></s >",
+        "< /s>",
+    ]
+    expected = reference(texts, padding="max_length", max_length=120, truncation=True, return_tensors="pt")
+    ids, mask = tokenizer(texts, length=120)
+    assert torch.equal(ids, expected.input_ids) and torch.equal(mask, expected.attention_mask.bool())
+    assert len(tokenizer) == len(reference) == 32100 and tokenizer.cut == 1
+
+
+# ------------------------------------------------------------------------------------------------------ the tokenizer
+
+
+def test_the_end_is_kept_and_the_cut_is_counted(folder):
+    tokenizer = T5Tokenizer.from_folder(folder)
+    short, long = "a polyp", "polyp " * 50
+    ids, mask = tokenizer([short, long, "", short], length=12)
+    assert ids.shape == mask.shape == (4, 12) and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    lengths = tokenizer.lengths([short, long, "", short])
+    assert mask.sum(1).tolist() == [min(n, 12) for n in lengths] and lengths[2] == 1
+    assert tokenizer.cut == 1 and ids[1, -1] == tokenizer.end_id == 1
+    for row, real in zip(ids, mask):
+        assert row[real][-1] == 1 and (row[~real] == 0).all() and real.int().diff().le(0).all()
+    exact, _ = tokenizer([short], length=lengths[0])
+    assert torch.equal(exact[0], ids[0][mask[0]]) and tokenizer.cut == 0
+    assert tokenizer([], length=4)[0].shape == (0, 4)
+    with pytest.raises(ValueError, match="length 0"):
+        tokenizer([short], length=0)
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", None, 3])
+def test_what_is_not_text_is_refused(folder, prompt):
+    with pytest.raises(ValueError, match="not text"):
+        T5Tokenizer.from_folder(folder)(["a polyp", prompt])
+
+
+def test_special_tokens_in_a_prompt_are_tokens_and_cut_it_in_two(folder):
+    tokenizer = T5Tokenizer.from_folder(folder)
+    size = len(tokenizer.unigram.model.pieces)
+    ids = {"</s>": 1, "<pad>": 0, "<unk>": 2, "<extra_id_0>": size + 99, "<extra_id_99>": size}
+    for special, index in ids.items():
+        row, mask = tokenizer([f"  a polyp {special}polyps"], length=80)
+        assert row[mask].tolist() == [*tokenizer.unigram("a polyp"), index, *tokenizer.unigram("polyps"), 1]
+    plain = ["<extra_id_100>", "</S>", "<s>", "< pad >"]
+    rows, mask = tokenizer(plain, length=80)
+    assert [r[m].tolist()[:-1] for r, m in zip(rows, mask)] == [tokenizer.unigram(text) for text in plain]
+
+
+@pytest.mark.parametrize(
+    "name, content, first",
+    [
+        ("tokenizer_config.json", {"extra_ids": 7}, {"<extra_id_0>": 6, "<extra_id_6>": 0}),
+        ("tokenizer_config.json", {"extra_ids": 0}, {}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<mark>"}}}, {"<mark>": 900}),
+        ("added_tokens.json", {"<extra_id_1>": 500}, {"<extra_id_1>": 500}),
+        ("tokenizer_config.json", {"model_max_length": 120}, {"<extra_id_0>": 99}),
+    ],
+)
+def test_special_tokens_are_those_of_the_folder(folder, spiece, tmp_path, name, content, first):
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = T5Tokenizer.from_folder(tmp_path)
+    size = len(tokenizer.unigram.model.pieces)
+    for text, index in first.items():
+        index = index if index >= 500 else size + index
+        assert tokenizer([text], length=2)[0].tolist() == [[index, 1]]
+    expected = content.get("extra_ids", 100 if "model_max_length" in content else 1)
+    assert len(tokenizer.extra) == expected
+
+
+def test_a_vocabulary_with_its_own_sentinels_gets_no_more(spiece):
+    """mT5's pieces include `▁<extra_id_0>` and the bytes."""
+    pieces = [Piece("<pad>", 0.0, CONTROL), Piece(END, 0.0, CONTROL), Piece("<unk>", 0.0, UNKNOWN)]
+    pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    pieces += [Piece("▁", -2.0), Piece("a", -3.0), Piece("▁<extra_id_0>", -0.5)]
+    tokenizer = T5Tokenizer(Spiece(tuple(pieces), byte_fallback=True))
+    assert tokenizer.extra == {} and len(tokenizer) == 262
+    ids, mask = tokenizer(["aé <extra_id_0>"], length=10)
+    assert ids[mask].tolist() == [259, 260, 3 + 0xC3, 3 + 0xA9, 261, 1]
+
+
+def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(folder, tmp_path):
+    tokenizer = T5Tokenizer.from_folder(folder)
+    tokenizer.save(tmp_path)
+    again = T5Tokenizer.from_folder(tmp_path)
+    texts = strings(200, seed=4) + ["x <extra_id_3> y"]
+    for ours, saved in zip(tokenizer(texts, 40), again(texts, 40)):
+        assert torch.equal(ours, saved)
+    reference = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    expected = reference([*PROMPTS, texts[-1]], padding="max_length", max_length=60, return_tensors="pt")
+    ids, mask = again([*PROMPTS, texts[-1]], length=60)
+    assert torch.equal(ids, expected.input_ids) and torch.equal(mask, expected.attention_mask.bool())
+
+
+def test_reads_a_tokenizer_json_alone(folder, spiece, tmp_path):
+    """As transformers writes it; not consulted where there is a spiece.model."""
+    transformers.T5Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "fast")
+    assert not (tmp_path / "fast" / "spiece.model").exists()
+    first, second = T5Tokenizer.from_folder(folder), T5Tokenizer.from_folder(tmp_path / "fast")
+    texts = strings(500, seed=5) + ["x <extra_id_3> y</s>"]
+    assert torch.equal(first(texts, 50)[0], second(texts, 50)[0]) and len(first) == len(second)
+    (tmp_path / "fast" / "spiece.model").write_bytes(spiece)
+    (tmp_path / "fast" / "tokenizer.json").write_text("not JSON")
+    assert torch.equal(T5Tokenizer.from_folder(tmp_path / "fast")(texts, 50)[0], first(texts, 50)[0])
+
+
+def test_a_trained_vocabulary_spells_every_text_it_saw(tmp_path):
+    tokenizer = train_unigram(PROMPTS, pieces=70)
+    assert len(tokenizer.unigram.model.pieces) == 70 and len(tokenizer) == 170
+    ids, mask = tokenizer(PROMPTS, length=200)
+    pieces = [piece.text for piece in tokenizer.unigram.model.pieces]
+    for row, real, text in zip(ids, mask, PROMPTS):
+        assert "".join(pieces[i] for i in row[real][:-1]).replace("▁", " ").strip() == text
+    assert mask.sum(1).max() < 120 and torch.equal(train_unigram(PROMPTS, pieces=70)(PROMPTS, 200)[0], ids)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.unigram.model.encode())
+    assert reference.encode(PROMPTS) == [tokenizer.unigram(text) for text in PROMPTS]
+
+
+# ------------------------------------------------------------------------------------------------ hostile and damaged
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(weights.WeightsNotFound, match="spiece.model"):
+        T5Tokenizer.from_folder(tmp_path)
+
+
+def varint(value: int) -> bytes:
+    return bytes([value & 127 | 128, *varint(value >> 7)]) if value > 127 else bytes([value])
+
+
+def field(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def piece(text: bytes, score: float = -1.0, kind: int = NORMAL) -> bytes:
+    return field(1, field(1, text) + b"\x15" + struct.pack("<f", score) + b"\x18" + varint(kind))
+
+
+SOUND = piece(b"<pad>", 0, CONTROL) + piece(b"</s>", 0, CONTROL) + piece(b"<unk>", 0, UNKNOWN) + piece(b"a")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "0 pieces"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "spiece.model"),
+        (b"<!DOCTYPE html><html>", "spiece.model"),
+        (SOUND[:-1], "ends inside field 1"),
+        (SOUND + b"\x80" * 11, "64 bits"),
+        (SOUND + b"\x80", "ends inside a number"),
+        (SOUND + b"\x0b", "wire type 3"),
+        (SOUND + b"\x0a" + varint(1 << 62), "ends inside field 1"),
+        (SOUND + b"\x08\x01", "a number where"),
+        (SOUND + piece(b"\xff\xfe"), "UnicodeDecodeError"),
+        (SOUND + piece(b"a"), "second time"),
+        (SOUND + piece(b""), "piece 4 is ''"),
+        (SOUND + piece(b"b", float("nan")), "score nan"),
+        (SOUND + piece(b"b", kind=9), "kind 9"),
+        (SOUND + piece(b"<unk2>", 0, UNKNOWN), "for what is unknown"),
+        (piece(b"<unk>", 0, UNKNOWN) + piece(b"a"), "no </s>"),
+        (SOUND + field(2, b"\x18\x02"), "of type 2"),
+        (SOUND + field(2, b"\xc0\x01\x01"), "ends of words"),
+        (SOUND + field(2, b"\x98\x02\x01"), "KeyError"),  # byte fallback without bytes
+        (SOUND + field(3, field(2, b"\x10")), "normalisation of 1 bytes"),
+        (SOUND + field(3, field(2, struct.pack("<I", 400) + bytes(40))), "with a trie of 400"),
+    ],
+)
+def test_a_damaged_model_is_one_error_that_names_the_file(tmp_path, content, says):
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(weights.WeightsError, match="spiece.model") as caught:
+        T5Tokenizer.from_folder(tmp_path)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_sound_model_of_these_tests_is_read(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(SOUND)
+    assert T5Tokenizer.from_folder(tmp_path)(["aba"], length=8)[0].tolist() == [[2, 3, 2, 3, 1, 0, 0, 0]]
+
+
+def test_truncated_and_altered_models_never_do_worse_than_an_error(spiece, tmp_path):
+    """Every outcome is a tokenizer that gives ids, or WeightsError; nothing hangs, nothing else is raised."""
+    draw = random.Random(0)
+    outcomes = []
+    texts = ["a polyp é ① \u1e9b\u0323", "x" * 50]
+    for attempt in range(150):
+        content = bytearray(spiece[: draw.randrange(len(spiece))] if attempt % 3 == 0 else spiece)
+        for _ in range(draw.choice([0, 1, 20, 2000]) if attempt % 3 else 0):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        (tmp_path / "spiece.model").write_bytes(content)
+        try:
+            tokenizer = T5Tokenizer.from_folder(tmp_path)
+            ids, _ = tokenizer(texts, length=20)
+            outcomes.append(0 <= ids.min() and ids.max() < len(tokenizer))
+        except weights.WeightsError as error:
+            assert "spiece.model" in str(error) and "\n" not in str(error)
+            outcomes.append(False)
+    assert True in outcomes and False in outcomes
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"extra_ids": -1}'),
+        ("tokenizer_config.json", '{"extra_ids": "many"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
+        ("added_tokens.json", "3"),
+        ("spiece.model", '{"<mark>": -1}'),
+    ],
+)
+def test_damaged_companions_are_named(spiece, tmp_path, name, content):
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    (tmp_path / (name if name != "spiece.model" else "added_tokens.json")).write_text(content)
+    with pytest.raises(weights.WeightsError, match=name):
+        T5Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE", "vocab": {}}}',
+                                     '{"model": {"vocab": [["a", 0]], "unk_id": 5}}'])  # fmt: skip
+def test_a_damaged_tokenizer_json_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(weights.WeightsError, match="tokenizer.json"):
+        T5Tokenizer.from_folder(tmp_path)
