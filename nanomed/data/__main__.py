@@ -1,51 +1,38 @@
-"""python -m nanomed.data check PATH: print what is wrong with a data set before training on it.
+"""python -m nanomed.data check PATH [--valid PATH]: what is wrong with a data set, as one table and one exit code.
 
-Exit codes: 0 nothing, 3 something, 2 a path or flag that makes no sense.
+PATH is a folder or a spec such as clef:DIR. Exit code 0: nothing serious; 3: something is; 2: usage.
 """
 
 import argparse
 import sys
-from itertools import groupby
+from collections import defaultdict
 
-from tqdm import tqdm
-
-from nanomed.data import DataError
-from nanomed.data.check import KINDS, check, counter
-
-SHOWN = 5  # lines of a kind, unless --all
+from nanomed.data.check import check
+from nanomed.data.table import DataError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanomed.data", allow_abbrev=False)
-    doctor = parser.add_subparsers(dest="command", required=True).add_parser(
-        "check", help="find what is wrong with a data set", allow_abbrev=False
-    )
-    doctor.add_argument("path", help="clef:DIR, folder:DIR, kvasir:DIR, ham10000:DIR, skin:DIR, or a folder alone")
-    doctor.add_argument("--valid", default="", help="the validation set, to look for images in both")
-    doctor.add_argument("--tokens", type=int, default=77, help="tokens a caption may have (MSDM 64, CLIP 77, T5 120)")
-    doctor.add_argument("--vocab", default="", help="folder of the tokenizer that counts them; else an estimate")
-    doctor.add_argument("--all", action="store_true", help="every finding, not the first five of a kind")
-    config = parser.parse_args(arguments)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m nanomed.data", description=__doc__)
+    parser.add_argument("verb", choices=["check"])
+    parser.add_argument("path", help="folder or spec of the data set")
+    parser.add_argument("--valid", default="", help="another set that must share no image with it")
+    words = parser.parse_args()
     try:
-        count = counter(config.vocab) if config.vocab else None
-        bar = lambda items, total: tqdm(items, total=total, unit="image", leave=False, disable=None)  # noqa: E731
-        findings = check(config.path, config.valid, config.tokens, count, bar)
+        table, findings = check(words.path, words.valid)
     except DataError as error:
-        parser.error(str(error))
-    for kind, group in groupby(findings, lambda finding: finding.kind):
-        group = list(group)
-        print(f"{kind}: {len(group)}   ({KINDS[kind]})")
-        for finding in group if config.all else group[:SHOWN]:
-            print(f"    {_plain(finding.where)}   {_plain(finding.what)}")
-        if len(group) > SHOWN and not config.all:
-            print(f"    and {len(group) - SHOWN} more; --all shows them")
-    print(f"{config.path}: {len(findings)} findings" if findings else f"{config.path}: nothing wrong was found")
-    return 3 if findings else 0
-
-
-def _plain(text: str) -> str:
-    """File names and prompts may hold anything; what is no visible character is printed as its escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        print(error, file=sys.stderr)
+        return 3
+    prompts = [prompt for row in table.rows for prompt in row.prompts]
+    print(f"{len(table.rows):,} images, {len(prompts):,} prompts, {len(set(prompts)):,} of them distinct")
+    groups = defaultdict(list)
+    for finding in findings:
+        groups[not finding.serious, finding.what].append(finding.where)
+    for (harmless, what), places in sorted(groups.items()):
+        mark = "look at" if harmless else "WRONG"
+        print(f"{mark:8} {len(places):>6}  {what:52} {places[0]}{' ...' if len(places) > 1 else ''}")
+    if not findings:
+        print("nothing is wrong")
+    return 3 if any(finding.serious for finding in findings) else 0
 
 
 if __name__ == "__main__":
