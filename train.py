@@ -159,9 +159,18 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
         print(f"stage {stage}: {count:,} parameters, steps {step:,} to {config.steps:,} of {config.batch} x {world}")
     batches = training.batches(config, system, stage, train, rank, world, device)
     judge = training.Judge(config, system, stage, run, valid, rank, world, device)
-    forward = torch.compile(system) if config.compile else system
+    if config.compile:
+        for part in system.stages[stage]:
+            system.get_submodule(part).compile()
     progress = tqdm(total=config.steps, initial=step, desc=stage, unit="step", disable=rank > 0, mininterval=1.0)
     since, seen = time.monotonic(), step
+
+    def better(step: int, best: dict | None) -> dict:
+        score = judge(step, ema)
+        return {"step": step, "score": score, "by": judge.measure} if not best or score < best["score"] else best
+
+    if state is not None and not state["judged"] and (step % config.save_every == 0 or step == config.steps):
+        best = better(step, best)  # the run was stopped just there, in too much of a hurry to look
 
     while step < config.steps:
         for group in optimizer.param_groups:
@@ -170,7 +179,7 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
             batch = to_device(batches[step * config.accumulate + micro], device)
             torch.manual_seed(runtime.seed_of(config.seed, stage, step, micro, rank))  # all the randomness of this pass
             with runtime.autocast(config.precision, device):
-                losses = forward(batch, stage, step)
+                losses = system(batch, stage, step)
             scaler.scale(losses["loss"] / config.accumulate).backward()
         runtime.average_gradients(params.values())
         scaler.unscale_(optimizer)
@@ -192,9 +201,10 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
             pace = (step - seen) / max(time.monotonic() - since, 1e-9)
             shown = {name: round(value.item(), 6) for name, value in losses.items() if torch.isfinite(value)}
             progress.set_postfix(loss=shown.get("loss"), refresh=False)
-            run.log(stage=stage, step=step, **shown, grad_norm=runtime.number(norm), clipped=clipped, skipped=skipped,
-                    lr=learning_rate(config, step - 1), images_per_second=round(pace * config.batch * world * config.accumulate, 2),
-                    memory_gb=round(runtime.peak_memory(device) / 1e9, 3))  # fmt: skip
+            rate = pace * config.batch * config.accumulate * world
+            entry = {"loss": None} | shown | {"grad_norm": runtime.number(norm), "clipped": clipped, "skipped": skipped}
+            entry |= {"lr": learning_rate(config, step - 1), "images_per_second": round(rate, 2)}
+            run.log(stage=stage, step=step, **entry, memory_gb=round(runtime.peak_memory(device) / 1e9, 3))
             since, seen = time.monotonic(), step
         if in_a_row == 3:
             raise FloatingPointError(
@@ -203,14 +213,10 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
             )
         leaving = runtime.any_rank(bool(stop.received), device)
         if step % config.save_every == 0 or step == config.steps or leaving:
-            score = None
-            if not leaving or step == config.steps:
-                score = judge(step, ema)
-                if score is not None and (best is None or score < best["score"]):
-                    best = {"step": step, "score": score, "by": judge.measure}
-            run.save(stage, step, params, optimizer, ema, {
-                "best": best, "skipped": skipped, "ema_updates": ema.updates if ema else 0, "scaler": scaler.state_dict(),
-            })  # fmt: skip
+            judged = not leaving or step == config.steps
+            best = better(step, best) if judged else best
+            made = {"best": best, "judged": judged, "skipped": skipped, "ema_updates": ema.updates if ema else 0}
+            run.save(stage, step, params, optimizer, ema, made | {"scaler": scaler.state_dict()})
             run.prune(stage, config.keep, best and best["step"])
             since, seen = time.monotonic(), step
             if leaving and step < config.steps:

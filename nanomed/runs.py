@@ -89,7 +89,7 @@ class Run:
         for name in (*decisive, "paraphrases", "strategy", "join"):
             if before.get(name) != config.get(name):
                 raise runtime.UsageError(
-                    f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; the run could not "
+                    f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "
                     f"go on exactly. Give the old value"
                     + (f" (torchrun --nproc-per-node {before[name]})" if name == "world" else "")
                 )

@@ -131,11 +131,12 @@ def _comments(cls: type) -> dict[str, str]:
 
 def main(run: Callable[[], int | None]) -> None:
     """Run a script. A user's mistake becomes one line on standard error and an exit code: 2 the command line,
-    3 data, 4 weights; 75 means asked to stop, state saved. Anything else is a bug and keeps its traceback."""
-    codes = {"UsageError": 2, "DataError": 3, "WeightsError": 4}
+    3 data, 4 weights; 1 is a training that diverged, 75 means asked to stop, state saved. Anything else is a bug and
+    keeps its traceback."""
+    codes = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
     try:
         code = run() or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         code = next((codes[c.__name__] for c in type(error).__mro__ if c.__name__ in codes), None)
         if code is None:
             raise

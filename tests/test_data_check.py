@@ -81,7 +81,11 @@ def test_bare_folders_are_recognised(tmp_path, sick):
 
 def test_the_command_has_one_table_and_one_exit_code(tmp_path, sick):
     toy.write(tmp_path / "a", 3, 96)
-    for path, code, text in ((sick, 3, "WRONG"), (tmp_path / "a", 0, "nothing is wrong"), (tmp_path / "x", 3, "no such")):
+    for path, code, text in (
+        (sick, 3, "WRONG"),
+        (tmp_path / "a", 0, "nothing is wrong"),
+        (tmp_path / "x", 3, "no such"),
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "nanomed.data", "check", str(path)],
             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

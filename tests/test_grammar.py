@@ -54,7 +54,7 @@ def test_known_prompts_are_read(prompt, said):
     assert grammar.parse(prompt) == said
 
 
-@pytest.mark.parametrize("text", ["", "a cat", "Generate an image containing a cat.", "Generate an image with no polyps",
+@pytest.mark.parametrize("text", ["", "a cat", "Generate an image with a cat.", "Generate an image with no polyps",
                                   "Generate an image with an an abnormality located in the middle."])  # fmt: skip
 def test_other_text_is_refused(text):
     with pytest.raises(ValueError, match="not a prompt of the MEDVQA-GI grammar"):

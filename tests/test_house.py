@@ -141,7 +141,7 @@ def test_every_file_that_the_readme_names_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:nanomed|tests|weights)/[\w./-]+|(?:train|sample|evaluate)\.py)`", text))
     named |= {path for path in re.findall(r"\]\((?!http)([^)#]+)\)", text)}
-    missing = [name for name in named if not (ROOT / name).exists()]
+    missing = [name for name in named - {"weights/inception/"} if not (ROOT / name).exists()]  # a user puts that there
     assert not missing, missing
 
 

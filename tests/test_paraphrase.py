@@ -1,4 +1,4 @@
-"""Paraphrases: more than 11,000 texts from the 483 prompts, each of which reads back to exactly its prompt's meaning."""
+"""Paraphrases: more than 11,000 texts from the 483 prompts, each of which reads back to its prompt's meaning."""
 
 import csv
 import random

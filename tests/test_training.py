@@ -77,7 +77,7 @@ def straight(tmp_path_factory):
     return {}
 
 
-# 24 images, 22 of them for training, hold 7 to 13 pairs each; the VAE's epoch is 5.5 batches, so step 5 and 6 straddle it.
+# 24 images, 22 of them for training: the VAE's epoch is 5.5 batches, so steps 5 and 6 straddle its end.
 STOPS = {
     "inside an epoch of the first stage": (3,),
     "at the end of a stage": (6,),

@@ -56,9 +56,17 @@ PLACES = {"abnormality": ("an abnormality", "an abnormal finding"), "instrument"
           "anatomical landmark": ("an anatomical landmark", "a landmark of the anatomy")}  # fmt: skip
 LOCATED = ("with {} in the {}", "showing {} located in the {}", "that has {} at the {}")
 AREAS = ("{}", "{} area", "{} part of the frame")
-COLORED = ("with an abnormality coloured {}", "showing an abnormality whose colors are {}", "with an abnormal area in {}")
+COLORED = (
+    "with an abnormality coloured {}",
+    "showing an abnormality whose colors are {}",
+    "with an abnormal area in {}",
+)
 SIZED = ("with {} measuring {}", "showing {} with a size of {}", "in which {} of {} can be seen")
-TYPED = ("with {} classified as Paris {}", "showing {} of Paris type {}", "in which {} of the Paris class {} can be seen")
+TYPED = (
+    "with {} classified as Paris {}",
+    "showing {} of Paris type {}",
+    "in which {} of the Paris class {} can be seen",
+)
 PROCEDURES = ("taken during a {}", "recorded in the course of a {}", "that comes from a {} examination")
 EXTENTS = {"< 5mm": "under 5 mm", "5-10mm": "5 to 10 mm", "11-20mm": "11 to 20 mm", ">20mm": "over 20 mm"}
 PINK = ("with findings that are pink", "showing pinkish findings")
@@ -162,7 +170,9 @@ def _readers() -> list[tuple[re.Pattern, str, object]]:
     readers = []
     for what, things in PLACES.items():
         for template, thing, area in itertools.product(LOCATED, things, AREAS):
-            readers.append((_pattern(template.replace("{}", thing, 1), _pattern(area, listed(cells))), keys[what], cells))
+            readers.append(
+                (_pattern(template.replace("{}", thing, 1), _pattern(area, listed(cells))), keys[what], cells)
+            )
     readers += [(_pattern(template, listed(hues)), "colors", hues) for template in COLORED]
     growths = r"(?:a polyp|a polypoid growth|polyps|polypoid growths)"
     readers += [(_pattern(template, growths, listed(extents)), "sizes", extents) for template in SIZED]
@@ -198,4 +208,4 @@ def write_csv(path: str | Path, prompts: list[str], n: int = 40) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m nanomed.captions.paraphrase FILE.csv")
-    print(f"{write_csv(sys.argv[1], grammar.all_prompts()):,} paraphrases of {len(grammar.all_prompts())} prompts")
+    write_csv(sys.argv[1], grammar.all_prompts())

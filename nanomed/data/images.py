@@ -36,7 +36,7 @@ def inside(root: str | Path, name: str) -> Path:
     try:
         if path.is_symlink() or any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(root)):
             if not path.resolve().is_relative_to(Path(root).resolve()):
-                raise DataError(f"{path} is refused: it links to a place outside {root}")
+                raise DataError(f"{path}: refused, it links to a place outside {root}")
     except (OSError, RuntimeError, UnicodeError) as error:  # too long, a circle of links, half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise DataError(f"the file name {name!r} is refused: {reason}") from None

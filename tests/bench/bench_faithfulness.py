@@ -1,7 +1,7 @@
 """Does a toy model draw what it is told? Fresh prompts about box, polyps, places and instruments, over several seeds.
 
-    python tests/bench/bench_faithfulness.py --model weights/msdm-tiny --prompts 500 --seeds 1
-    python tests/bench/bench_faithfulness.py --write weights/msdm-tiny/test.csv --prompts 200
+python tests/bench/bench_faithfulness.py --model weights/msdm-tiny --prompts 500 --seeds 1
+python tests/bench/bench_faithfulness.py --write weights/msdm-tiny/test.csv --prompts 200
 """
 
 import argparse
