@@ -140,7 +140,7 @@ def features(reals, fake: list[Path], config: Config, toy_world: bool):
     real_images = reals if toy_world else list(pixels(reals))
     try:
         network = inception.load(config.inception or None, config.weights or None)
-    except weights.WeightsError as error:
+    except weights.WeightsNotFound as error:
         stand_in = weights.find("msdm-tiny", config.weights or None) / "classifier.safetensors"
         if config.inception or not stand_in.is_file():
             raise

@@ -144,13 +144,12 @@ STORED = {  # how a camera stores an upright picture under each EXIF orientation
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
 def test_exif_orientation_is_obeyed(tmp_path, suffix, orientation):
-    upright = np.random.default_rng(0).integers(0, 255, (1, 2, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    upright[:4, :8] = 255
+    upright = np.random.default_rng(0).integers(0, 255, (2, 3, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     path, exif = tmp_path / f"o.{suffix}", Image.Exif()
     exif[274] = orientation
     options = {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
     Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))).save(path, exif=exif, **options)
-    assert np.abs(read(path) - upright).max() <= (60 if suffix == "jpg" else 0)  # ringing at the edges of 8x8 blocks
+    assert np.abs(read(path) - upright).max() <= (3 if suffix == "jpg" else 0)  # a JPEG of constant 8 x 8 blocks
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
@@ -184,6 +183,7 @@ def test_truncated_files_are_named(tmp_path, suffix):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow comments on the TIFF tags it meets
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif"])
 def test_any_bytes_give_an_image_or_a_data_error(tmp_path, suffix):
     """Flipped bytes, mostly in the header where sizes and offsets are."""
@@ -217,7 +217,6 @@ def test_bombs_are_refused_by_their_header(tmp_path):
         "8001.png": png(8001, 8001, (b"IDAT", zlib.compress(bytes(1000)))),  # below the limit of Pillow itself
         "65500.jpg": bytes(jpeg),
     }
-    images.MAX_PIXELS  # noqa: B018
     for name, content in bombs.items():
         (tmp_path / name).write_bytes(content)
         start = time.process_time()

@@ -141,6 +141,19 @@ def test_ties_are_broken_by_float32_rounding():
     assert len({tuple(sorted(tie("x" * n)[1:])) == tuple(tie("x" * n)[1:]) for n in range(20, 400)}) == 2
 
 
+def test_far_children_in_the_trie_of_a_normalisation():
+    """Distances above 2^21 units are stored in steps of 256, marked by bit 9: here "A" becomes "b"."""
+    units = [0] * 1024
+    units[0] = 1 << 10 | 0x200  # the root's children are 256 away
+    units[256 ^ ord("A")] = 2 << 10 | 0x300 | ord("A")  # a value stands here; children 512 further
+    units[256 ^ ord("A") ^ 512] = 1 << 31 | 2  # the value: string number 2 in bytes
+    charsmap = struct.pack("<I1024I", 4096, *units) + b"z\0b\0"
+    pieces = (Piece("<unk>", 0.0, UNKNOWN), Piece("▁", -2.0), Piece("b", -3.0), Piece("A", -1.0))
+    message = Spiece(pieces, charsmap).encode()
+    assert_as_sentencepiece(message, ["A", "xA A", "é A", "AA", "\0A"])
+    assert Unigram(Spiece.parse(message)).normalize("xAA") == "▁xbb"
+
+
 def test_a_message_survives_being_written_and_read(spiece):
     model = Spiece.parse(spiece)
     again = model.encode()

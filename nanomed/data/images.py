@@ -30,7 +30,7 @@ def inside(root: str | Path, name: str) -> Path:
     """root / name, refused with a DataError when the name leaves the folder, by itself or through a link."""
     parts = Path(name).parts
     bad = not name or "\0" in name or "\\" in name or name.startswith(("~", "/")) or ".." in parts or name[1:2] == ":"
-    if bad:
+    if bad or any("\ud800" <= letter <= "\udbff" for letter in name):  # half a character, as JSON may hold it
         raise DataError(f"the file name {name!r} is refused: it must be relative and stay in its folder")
     path = Path(root) / name
     try:

@@ -116,7 +116,7 @@ def frechet_to(
     """
     try:
         network = inception.load(folder=folder)
-    except inception.weights.WeightsError:
+    except inception.weights.WeightsNotFound:
         network = None
     if network is not None:
         features = inception_features(network, real)[0]

@@ -199,7 +199,7 @@ def _find(folder: str | None) -> Path:
     try:
         return weights.find("inception", folder)
     except FileNotFoundError:
-        raise weights.WeightsError(
+        raise weights.WeightsNotFound(
             f"FID needs the Inception network: put {FILE} (from the releases of github.com/mseitzer/pytorch-fid) into "
             f"weights/inception/, or say --inception FILE"
         ) from None

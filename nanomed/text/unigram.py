@@ -193,7 +193,7 @@ class Normalizer:
         if self.units or self.kept:
             text = self._mapped(text.encode()).decode(errors="replace")
         if self.model.collapse:
-            text = re.sub(" {2,}", " ", text).strip(" ")
+            text = re.sub(" {2,}", " ", text).lstrip(" ")
         space = SPACE if self.model.escape else " "
         text = (space if self.model.dummy_prefix else "") + text.replace(" ", space)
         return text.rstrip(space) if self.model.collapse else text  # U+2581 of the text itself, too, is lost at its end
