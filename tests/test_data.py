@@ -3,6 +3,7 @@
 import csv
 import io
 import random
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -72,18 +73,121 @@ def test_toy_goes_through_the_same_reader_and_is_written_once(tmp_path):
     assert first == again and again.rows[0].file.stat().st_mtime_ns == stamp and first.name == "clef"
 
 
-@pytest.mark.parametrize("spec", ["toy:many", "clef", "nothing:here", "clef:"])
+@pytest.mark.parametrize("spec", ["toy:many", "toy:0", "toy:²", "clef", "nothing:here", "clef:"])
 def test_unknown_data_sets_are_refused(spec, tmp_path):
     with pytest.raises(DataError, match="toy"):
         data.load(spec, tmp_path)
 
 
+def test_the_organisers_csv_names_with_and_without_suffix_are_one_image(tmp_path):
+    picture(tmp_path / "images" / "a.jpg")
+    picture(tmp_path / "b.png")
+    text = "Prompt;Filename\r\none, two;a.jpg\r\nthree;b\r\nfour;a\r\n"
+    (tmp_path / "prompt-gt.csv").write_text(text, newline="")
+    rows = data.load(f"clef:{tmp_path}").rows
+    assert [row.prompts for row in rows] == [("one, two", "four"), ("three",)]
+    assert [row.file for row in rows] == [tmp_path / "images" / "a.jpg", tmp_path / "b.png"]
+    assert rows == data.load(f"clef:{tmp_path / 'prompt-gt.csv'}").rows and rows[0].paraphrases == ()
+
+
+def test_a_row_without_a_paraphrase_keeps_its_own_words(tmp_path):
+    """An empty paraphrase in place of a prompt would train the unconditional model."""
+    picture(tmp_path / "images" / "a.jpg")
+    (tmp_path / "train_captions.csv").write_text("Filename,Prompt,Paraphrase\na,one,eins\na,two,\n")
+    assert data.load(f"clef:{tmp_path}").rows[0].paraphrases == ("eins", "two")
+
+
+@pytest.mark.parametrize("reader, table, text", [
+    ("clef", "prompt-gt.csv", "Prompt;Filename\na;there.png\nb;{name}\n"),
+    ("folder", "metadata.csv", 'file_name,text\nthere.png,a\n"{name}",b\n'),
+    ("folder", "metadata.jsonl", '{{"file_name": "there.png", "text": "a"}}\n{{"file_name": "{name}", "text": "b"}}\n'),
+    ("ham10000", "metadata.csv", 'image_id,dx\nthere,nv\n"{name}",nv\n'),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["gone.png", "../outside.png", "out.png"])
+def test_readers_name_the_line_of_a_missing_or_forbidden_image(tmp_path, reader, table, text, name):
+    root = tmp_path / "set"
+    picture(root / "there.png")
+    picture(tmp_path / "outside.png")
+    (root / "out.png").symlink_to(tmp_path / "outside.png")
+    (root / table).write_text(text.format(name=name))
+    if reader == "ham10000":
+        (root / "out.png").unlink()  # its listing refuses the link before any line asks for it
+    line = 2 if table.endswith("jsonl") else 3
+    with pytest.raises(DataError, match=rf"{table}:{line}: ") as error:
+        data.load(f"{reader}:{root}")
+    assert "\n" not in str(error.value)
+    problems = []
+    rows = data.load(f"{reader}:{root}", problems=problems).rows  # the doctor's way: all of them, and the rest is read
+    assert [row.file.name for row in rows] == ["there.png"] and len(problems) == 1
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"file_name": 5, "text": "x"}', '{"file_name": "a.png"}', "{", "[" * 100_000,
+                                  '{"file_name": "a.png", "text": [1]}', '{"text": "x"}'])  # fmt: skip
+def test_lines_of_json_that_say_nothing_are_refused(tmp_path, line):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"metadata\.jsonl:2: "):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_a_line_of_json_may_hold_several_captions_and_any_character(tmp_path):
+    picture(tmp_path / "a.png")
+    text = '{"file_name": "a.png", "text": ["one\u2028still one", "two"]}\n'
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert data.load(f"folder:{tmp_path}").rows[0].prompts == ("one\u2028still one", "two")
+
+
+def test_images_without_any_caption_are_refused_not_trained_on(tmp_path):
+    picture(tmp_path / "a.png")
+    with pytest.raises(DataError, match="metadata.csv"):
+        data.load(f"folder:{tmp_path}")
+    picture(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DataError, match="b.png needs it"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_abbreviated_lesions_are_spelled_out(tmp_path):
+    """Med-Art's eight classes as the ISIC archive abbreviates them."""
+    spelled = {
+        "AK": "actinic keratosis", "BCC": "basal cell carcinoma", "BKL": "benign keratosis", "DF": "dermatofibroma",
+        "MEL": "melanoma", "NV": "melanocytic nevus", "SCC": "squamous cell carcinoma", "VASC": "vascular lesion",
+    }  # fmt: skip
+    for name in spelled:
+        picture(tmp_path / name / "1.jpg")
+    rows = data.load(f"skin:{tmp_path}").rows
+    assert {row.label: row.prompts[0] for row in rows} == {
+        name: f"A dermoscopic image of {words}" for name, words in spelled.items()
+    }
+
+
+def test_ham10000_keeps_the_images_of_a_lesion_on_one_side(tmp_path):
+    lines = ["lesion_id,image_id,dx"]
+    for i in range(60):
+        picture(tmp_path / "part_1" / f"ISIC_{i}.jpg")
+        lines.append(f"L{i // 3},ISIC_{i},{'mel' if i < 30 else 'nv'}")
+    (tmp_path / "HAM10000_metadata").write_text("\n".join(lines))  # as Dataverse names it
+    table = data.load(f"ham10000:{tmp_path}")
+    for by_label in (False, True):
+        train, valid = table.split(0.2, seed=1, by_label=by_label)
+        assert len(valid.rows) == 12 and not {row.group for row in train.rows} & {row.group for row in valid.rows}
+    assert [row.label for row in valid.rows].count("mel") == 6
+
+
 # ------------------------------------------------------------------------------------------------------ the table
 
 
-def test_the_split_is_by_image_seeded_and_blind_to_the_order():
-    from pathlib import Path
+def test_the_split_takes_the_share_it_is_asked_for():
+    rows = tuple(Row(Path(f"{i:02}.jpg")) for i in range(50))
+    for share, count in ((0, 0), (0.01, 1), (0.1, 5), (0.99, 50)):
+        assert len(Table("t", rows).split(share, seed=0)[1].rows) == count
+    for share in (-0.1, 1, 20):
+        with pytest.raises(DataError, match="share"):
+            Table("t", rows).split(share, seed=0)
+    assert Table("t", ()).split(0.1, seed=0)[1].rows == ()
 
+
+def test_the_split_is_by_image_seeded_and_blind_to_the_order():
     rows = [Row(Path(f"{i}.jpg"), (f"p{i}",) * 3) for i in range(50)]
     train, valid = Table("t", tuple(rows)).split(0.2, seed=3)
     random.Random(0).shuffle(rows)
@@ -94,8 +198,6 @@ def test_the_split_is_by_image_seeded_and_blind_to_the_order():
 
 
 def test_the_papers_three_uses_of_paraphrases(tmp_path):
-    from pathlib import Path
-
     table = Table("t", (Row(Path("a.jpg"), ("one", "two")),))
     path = tmp_path / "p.csv"
     path.write_text("Prompt,Paraphrase\none,eins\ntwo,zwei\n")
@@ -103,6 +205,11 @@ def test_the_papers_three_uses_of_paraphrases(tmp_path):
     for strategy in ("some", "all"):
         row = with_paraphrases(table, path, strategy).rows[0]
         assert row.prompts == ("one", "two") and row.paraphrases == ("eins", "zwei")
+    empty = Table("t", (Row(Path("a.jpg"), ("", "one")),))  # no condition stays no condition
+    assert with_paraphrases(empty, path, "all").rows[0].paraphrases == ("", "eins")
+    path.write_text("Prompt,Paraphrase\none,  \n")
+    with pytest.raises(DataError, match=r"p\.csv:2: an empty paraphrase"):
+        with_paraphrases(table, path, "all")
     path.write_text("Prompt,Paraphrase\none,eins\n")
     with pytest.raises(DataError, match="no paraphrase of 'two'"):
         with_paraphrases(table, path, "all")
@@ -121,6 +228,12 @@ def test_the_papers_three_uses_of_paraphrases(tmp_path):
     (b"prompt\n\xff\xfe\n", r"p\.csv:2: not UTF-8"),
     ("prompt\nx\n".encode("utf-16"), "UTF-8"),
     (b"prompt,prompt\nx,y\n", "occurs twice"),
+    (b'prompt,id\na,1\n"two\nlines",2\n"never closed,3\n' + b"x,4\n" * 50, r"p\.csv:5: .*quotes"),
+    (b'prompt,id\n"a"b,1\n', r"p\.csv:2: .*quotes"),
+    (b"prompt,id\n" + b"x" * 200_000 + b",1\n", r"p\.csv:2: field larger"),
+    (b"\n\n\n", "empty"),
+    (b"Generate an image with a polyp.\nGenerate an image with text.\n", "header"),  # the first would be lost
+    (b"prompt\nGenerate an image, please\n", r"p\.csv:2: 2 fields"),
 ])  # fmt: skip
 def test_broken_csv_files_are_refused_with_one_line(tmp_path, content, message):
     path = tmp_path / "p.csv"
@@ -131,12 +244,72 @@ def test_broken_csv_files_are_refused_with_one_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    "content", ["Prompt;Filename\r\na;1\r\nb;2\r\n", "\ufefftext\na\nb\n", "id\tprompt\n1\ta\n2\tb\n"]
+    "content",
+    [
+        "Prompt;Filename\r\na;1\r\nb;2\r\n",
+        "\ufefftext\na\nb\n",
+        "id\tprompt\n1\ta\n2\tb\n",
+        "prompt,id\ra,1\rb,2\r",
+        "PROMPT\na\n\nb\n",
+        "line\na\nb",
+        '"prompt","x;y;z"\na,1\nb,2\n',
+    ],
 )
 def test_delimiters_marks_and_column_names_are_recognised(tmp_path, content):
     path = tmp_path / "p.csv"
     path.write_text(content, encoding="utf-8", newline="")
     assert read_prompts(path) == ["a", "b"]
+
+
+def test_prompts_keep_commas_repetitions_and_emptiness(tmp_path):
+    """An empty prompt asks for an unconditional image; the order is the order of the file."""
+    (tmp_path / "p.csv").write_text('prompt\n"pink, red"\n""\n"pink, red"\n"a ""quoted"" word"\n')
+    assert read_prompts(tmp_path / "p.csv") == ["pink, red", "", "pink, red", 'a "quoted" word']
+
+
+def test_a_line_separator_within_a_prompt_is_no_new_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text(
+        "\ufeffone\u2028still one\r\ntwo\x0cstill two\rthree\n", encoding="utf-8", newline=""
+    )
+    assert read_prompts(tmp_path / "p.txt") == ["one\u2028still one", "two\x0cstill two", "three"]
+
+
+def test_many_rows_are_read_in_seconds(tmp_path):
+    (tmp_path / "p.csv").write_text("id,prompt\n" + "".join(f'{i},"a, {i}"\n' for i in range(100_000)))
+    prompts = read_prompts(tmp_path / "p.csv")
+    assert len(prompts) == 100_000 and prompts[-1] == "a, 99999"
+
+
+def test_any_bytes_give_prompts_or_a_data_error(tmp_path):
+    """Random files of the characters that CSV stumbles over: never another error, and always the file's name."""
+    rng, path, read = random.Random(0), tmp_path / "p.csv", 0
+    pieces = [
+        b",",
+        b";",
+        b"\t",
+        b'"',
+        b"\n",
+        b"\r",
+        b"\r\n",
+        b"prompt",
+        b"text",
+        b"a b",
+        b"",
+        b"\xc3\xa9",
+        b"\xe9",
+        b"\0",
+        b" ",
+    ]
+    for _ in range(1500):
+        path.write_bytes(
+            rng.choice([b"", b"prompt,id\n", b"prompt\n"]) + b"".join(rng.choices(pieces, k=rng.randrange(12)))
+        )
+        try:
+            assert all(isinstance(prompt, str) for prompt in read_prompts(path))
+            read += 1
+        except DataError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert 100 < read < 1400
 
 
 def test_text_files_are_one_prompt_a_line(tmp_path):

@@ -130,8 +130,6 @@ def examine(file: Path) -> tuple[str, list[Finding]]:
     try:
         pixels = np.asarray(open_rgb(file))
         with Image.open(file, formats=FORMATS) as image:
-            image.verify()  # PNG's checksums
-        with Image.open(file, formats=FORMATS) as image:
             mode, frames = image.mode, getattr(image, "n_frames", 1)
             turned = image.getexif().get(ORIENTATION, 1) != 1
             if mode.startswith(("I", "F")):
@@ -145,7 +143,7 @@ def examine(file: Path) -> tuple[str, list[Finding]]:
                 found.append(Finding("not plain RGB", f"{name}: {mode}", serious=False))
     except DataError as error:
         return "", [Finding("cannot be read", str(error))]
-    except Exception as error:  # whatever verify makes of bytes it did not expect
+    except Exception as error:  # what a decoder makes of damage in later frames or in what it tells of the image
         return "", [Finding("cannot be read", f"{file}: damaged image ({error}); get the file again")]
     height, width = pixels.shape[:2]
     if turned:
