@@ -157,7 +157,11 @@ class Judge:
             noise = runtime.ImageNoise(self.config.seed, range(start, start + len(prompts)), self.device)
             with runtime.autocast(self.config.precision, self.device):
                 drawn.append(self.system.sample(prompts, noise).float())
-        mine = files.to_bytes(torch.cat(drawn)) if drawn else torch.empty(0, self.system.size, self.system.size, 3)
+        mine = (
+            files.to_bytes(torch.cat(drawn))
+            if drawn
+            else torch.empty(0, self.system.size, self.system.size, 3, dtype=torch.uint8)
+        )
         return runtime.gather_rows(mine, len(self.prompts), batch, self.rank, self.world, self.device)
 
     def _reconstruct(self) -> Tensor:

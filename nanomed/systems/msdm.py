@@ -36,7 +36,7 @@ PRESETS = {
     # notices x_0: with them text takes hold after 100 steps, which six minutes on a CPU allow, instead of thousands
     "msdm-tiny": dict(size=32, self_conditioning=False, prediction="v", loss="mse",
                       vae=dict(latent=4, channels=(16, 32, 64)), text=TINY_TEXT, text_length=64,
-                      unet=dict(channels=(32, 32, 64), dim=128, dropout=0.0), sampler="dpmpp", steps=16, guidance=2.0),
+                      unet=dict(channels=(32, 32, 64), dim=128, dropout=0.0), sampler="dpmpp", steps=16, guidance=3.0),
 }  # fmt: skip
 RECIPES = {
     "msdm": {  # facts of the released scripts: Adam for the VAE, AdamW without decay for the U-Net
