@@ -51,7 +51,6 @@ class Config:
     test_prompts: str = ""  # file of prompts to draw and evaluate at the end
     seed: int = 2204  # of everything
     log_every: int = 50  # steps between lines of the log
-    tensorboard: bool = False  # also write TensorBoard files, where it is installed
     resume: str = ""  # "latest" or a run folder
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     cache: str = "runs/cache"  # where latents and text states are kept
