@@ -137,7 +137,7 @@ def features(reals, fake: list[Path], config: Config, toy_world: bool):
     from nanomed.metrics import classifier, inception
     from nanomed.metrics.features import inception_features, toy_features
 
-    real_images = reals if toy_world else list(pixels(reals))
+    real_images = reals if toy_world else pixels(reals)
     try:
         network = inception.load(config.inception or None, config.weights or None)
     except weights.WeightsNotFound as error:

@@ -31,7 +31,7 @@ ALIASES = {
     "mixed_precision": "precision", "max_grad_norm": "clip", "grad_clip": "clip", "adam_weight_decay": "weight_decay",
     "output_dir": "out", "out_dir": "out", "train_data_dir": "data", "resolution": "size", "lora_alpha": "alpha",
     "network_dim": "rank", "network_alpha": "alpha", "resume_from_checkpoint": "resume",
-    "checkpointing_steps": "save_every", "checkpoints_total_limit": "keep", "validation_steps": "sample_every",
+    "checkpointing_steps": "save_every", "checkpoints_total_limit": "keep", "validation_steps": "save_every",
     "validation_prompts": "grid_prompts", "ema_decay": "ema", "num_inference_steps": "steps",
     "guidance_scale": "guidance", "cfg_scale": "guidance", "pretrained_model_name_or_path": "weights",
 }  # fmt: skip

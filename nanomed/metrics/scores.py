@@ -27,15 +27,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a Frechet distance needs at least 2 samples on each side, not {len(a)} and {len(b)}")
     a, b = a.double(), b.double()
+    if len(a) + len(b) > a.shape[1]:
+        return frechet_from_moments(*moments(a), *moments(b))
     mean_a, mean_b = a.mean(0), b.mean(0)
-    between = (mean_a - mean_b).square().sum()
-    if len(a) + len(b) <= a.shape[1]:
-        xa, xb = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
-        within = xa.square().sum() + xb.square().sum() - 2 * torch.linalg.svdvals(xa @ xb.T).sum()
-    else:
-        cov_a, cov_b = moments(a)[1], moments(b)[1]
-        within = cov_a.trace() + cov_b.trace() - 2 * trace_sqrt(cov_a, cov_b)
-    return max((between + within).item(), 0.0)
+    xa, xb = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
+    within = xa.square().sum() + xb.square().sum() - 2 * torch.linalg.svdvals(xa @ xb.T).sum()
+    return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
