@@ -1,5 +1,7 @@
 """Images to features: how pixels are brought to a network's size is half of every FID, so it has names here.
 
+Images are uint8 arrays (H, W, 3) of any sizes, from any iterable; a batch of them is held at a time.
+
 tf            TF1 bilinear: corners aligned at zero, no antialiasing. torch-fidelity and torchmetrics <= 1.7, which
               is what the papers used
 pytorch-fid   half-pixel bilinear without antialiasing, images scaled to [-1, 1]
@@ -8,6 +10,7 @@ clean         Pillow's antialiased bicubic (Parmar et al. 2022)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ def tf1_resize(images: Tensor, side: int) -> Tensor:
     """Bilinear as TensorFlow 1 did it: output pixel i samples input i * in / out, with no half-pixel shift."""
 
     def taps(length: int) -> tuple[Tensor, Tensor, Tensor]:
-        at = torch.arange(side, dtype=torch.float32) * (length / side)
+        at = torch.arange(side, dtype=torch.float32, device=images.device) * (length / side)
         low = at.floor().long()
         return low, (low + 1).clamp(max=length - 1), at - low
 
@@ -54,14 +57,11 @@ def _torchmetrics(images: Tensor) -> Tensor:
 
 
 def _clean(images: Tensor) -> Tensor:
-    """Each channel on its own, in floating point, as clean-fid does it."""
-    out = torch.empty(len(images), 3, SIDE, SIDE)
-    for i, image in enumerate(images.float().numpy()):
-        for c, plane in enumerate(image):
-            out[i, c] = torch.from_numpy(
-                np.array(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-            )
-    return (out - 128) / 128
+    """Each channel on its own in floating point; what the bicubic overshoots is cut off, nothing is rounded."""
+    planes = images.cpu().float().flatten(0, 1).numpy()
+    small = [np.asarray(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for plane in planes]
+    out = torch.from_numpy(np.stack(small)).clamp_(0, 255).view(len(images), 3, SIDE, SIDE)
+    return (out.to(images.device) - 128) / 128
 
 
 PROTOCOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -72,39 +72,55 @@ PROTOCOLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def batched(images: Iterable[np.ndarray], size: int) -> Iterator[Tensor]:
-    """uint8 images (H, W, 3) as batches (B, 3, H, W); a batch ends where the size of the images changes."""
-    source, batch = iter(images), []
-    for image in source:
-        if batch and (len(batch) == size or image.shape != batch[0].shape):
-            yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-            batch = []
-        batch.append(image)
-    if batch:
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+def resized(
+    images: Iterable[np.ndarray], resize: Callable[[Tensor], Tensor], batch: int, device="cpu"
+) -> Iterator[Tensor]:
+    """Batches (B, 3, S, S) of images in their order, after `resize` took them to one size.
+
+    `resize` sees uint8 tensors (B, 3, H, W) of one size each: images of the same size within a batch go together.
+    Raises ValueError for an image that is not uint8 (H, W, 3).
+    """
+    source = enumerate(images)
+    while held := list(islice(source, batch)):
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, (i, image) in enumerate(held):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"image {i}: features are of uint8 (H, W, 3), not {image.dtype} {image.shape}")
+            places.setdefault(image.shape, []).append(place)
+        parts = []
+        for same in places.values():
+            pixels = torch.from_numpy(np.stack([held[place][1] for place in same]))
+            parts.append(resize(pixels.to(device).permute(0, 3, 1, 2)))
+        order = torch.tensor([place for same in places.values() for place in same])
+        yield torch.cat(parts)[order.argsort()] if len(parts) > 1 else parts[0]
 
 
 def inception_features(
     network: inception.Inception, images: Iterable[np.ndarray], protocol: str = "tf", batch: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """(features (N, 2048), logits (N, 1008)) of uint8 images, streamed."""
+    """(features (N, 2048), logits (N, 1008)) of uint8 images, streamed; on the CPU in float32, (0, ...) for no images.
+
+    A rank calls this with its own share of the images. Raises ValueError for an unknown protocol.
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
-    device = network.fc.weight.device
-    found = []
-    for pixels in batched(images, batch):
-        x = PROTOCOLS[protocol](pixels).to(device, memory_format=torch.channels_last)
-        found.append([y.cpu() for y in network(x)])
-    return torch.cat([features for features, _ in found]), torch.cat([logits for _, logits in found])
+    weight = network.fc.weight
+    features, logits = [torch.empty(0, weight.shape[1])], [torch.empty(0, weight.shape[0])]
+    for x in resized(images, PROTOCOLS[protocol], batch, weight.device):
+        found = network(x.contiguous(memory_format=torch.channels_last))
+        features.append(found[0].float().cpu())
+        logits.append(found[1].float().cpu())
+    return torch.cat(features), torch.cat(logits)
 
 
 def toy_features(network: classifier.ToyClassifier, images: Iterable[np.ndarray], batch: int = 64) -> Tensor:
     """Features (N, 128) of the toy classifier for uint8 images of any size."""
-    found = []
-    for pixels in batched(images, batch):
-        x = F.interpolate(pixels.float() / 127.5 - 1, (classifier.SIDE,) * 2, mode="bilinear", antialias=True)
-        found.append(network(x)[0])
-    return torch.cat(found)
+
+    def resize(pixels: Tensor) -> Tensor:
+        return F.interpolate(pixels.float() / 127.5 - 1, (classifier.SIDE,) * 2, mode="bilinear", antialias=True)
+
+    found = [network(x)[0].cpu() for x in resized(images, resize, batch, network.head.weight.device)]
+    return torch.cat([torch.empty(0, network.features.out_features), *found])
 
 
 def frechet_to(

@@ -1,131 +1,264 @@
-"""Numbers from features: Frechet distance, kernel distance, Inception Score, precision and recall.
+"""Numbers from features: Frechet and kernel distance, Inception Score, precision and recall, density and coverage.
 
-Features are (N, D) tensors of one network under one protocol; where they come from is features.py's business. Sums are
-taken in float64. Nothing here calls `sqrtm`: traces of square roots come from symmetric eigenvalues, which are real.
+Features are (N, D) tensors of one network under one protocol; where they come from is features.py's business, how sure
+a number is uncertainty.py's. Everything works in blocks, so that memory grows with N and never with N^2, and sums are
+taken in float64. Nothing here calls `sqrtm`: traces of square roots are sums of singular values, which are real.
 """
 
+import math
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
+
+BLOCK = 2048  # rows at a time: a 2048 x 2048 tile of float64 is 34 MB
+
+
+def check(least: int, *sets: Tensor) -> None:
+    """Raise ValueError unless every set of features is (N >= least, D), of one D and finite."""
+    for features in sets:
+        if features.ndim != 2 or features.shape[1] != sets[0].shape[1]:
+            raise ValueError(
+                f"features must be (N, D) with one D, not {' and '.join(str(tuple(s.shape)) for s in sets)}"
+            )
+        if len(features) < least:
+            raise ValueError(
+                f"needs at least {least} samples on each side, not {' and '.join(str(len(s)) for s in sets)}"
+            )
+        if not features.isfinite().all():
+            rows = (~features.isfinite().all(1)).nonzero().flatten()
+            raise ValueError(f"features of image {rows[0]} are not finite ({len(rows)} such images)")
+
+
+# ------------------------------------------------------------------------------------------------ Frechet distance
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and unbiased covariance (D, D) in float64."""
-    x = features.double()
-    mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / (len(x) - 1)
+    mean = sum(rows.double().sum(0) for rows in features.split(BLOCK)) / len(features)
+    scatter = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for rows in features.split(BLOCK):
+        centred = rows.double() - mean
+        scatter.addmm_(centred.T, centred)
+    return mean, scatter / (len(features) - 1)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of the Gaussians fitted to two sets of features (Heusel et al.
-    2017, eq. 6). Any N >= 2; with few samples the estimate is biased upwards.
-
-    tr (S_a S_b)^(1/2) is the sum of the singular values of X_a X_b^T / sqrt((n_a - 1)(n_b - 1)), X centred features:
-    that N x N form is used when samples are fewer than dimensions and is never singular. Otherwise it is the sum of
-    the square roots of the eigenvalues of L^T S_b L with S_a = L L^T.
+    2017, eq. 6). Any N >= 2, singular covariances included; with few samples the estimate is biased upwards.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 samples on each side, not {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
-    if len(a) + len(b) > a.shape[1]:
-        return frechet_from_moments(*moments(a), *moments(b))
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    xa, xb = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
-    within = xa.square().sum() + xb.square().sum() - 2 * torch.linalg.svdvals(xa @ xb.T).sum()
-    return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
+    check(2, a, b)
+    (mean_a, factor_a), (mean_b, factor_b) = _mean_and_factor(a), _mean_and_factor(b)
+    return _frechet(mean_a, factor_a, mean_b, factor_b)
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """The same from means and covariances."""
-    within = cov_a.trace() + cov_b.trace() - 2 * trace_sqrt(cov_a, cov_b)
+    """The same from means (D,) and covariances (D, D)."""
+    return _frechet(mean_a.double(), _factor(cov_a.double()), mean_b.double(), _factor(cov_b.double()))
+
+
+def _frechet(mean_a: Tensor, factor_a: Tensor, mean_b: Tensor, factor_b: Tensor) -> float:
+    within = factor_a.square().sum() + factor_b.square().sum() - 2 * _sum_of_singular_values(factor_a.T @ factor_b)
     return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
 
 
-def trace_sqrt(a: Tensor, b: Tensor) -> Tensor:
-    """tr (a b)^(1/2) of two symmetric positive semi-definite matrices, singular ones too."""
-    factor, failed = torch.linalg.cholesky_ex(a)
-    if failed:  # rank-deficient: the square root from eigenvalues instead
-        values, vectors = torch.linalg.eigh(a)
+def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and a matrix F (D, r) with F F^T = S."""
+    n, width = features.shape
+    if n > width:
+        mean, covariance = moments(features)
+        return mean, _factor(covariance)
+    # The reflection that takes (1, ..., 1) / sqrt(n) to the first axis moves the whole mean into the first row; the
+    # n - 1 rows that remain have the scatter of the centred features, without the null direction centring leaves.
+    x = features.double()
+    mean = x.mean(0)
+    rows = x[1:] - (n**0.5 * mean - x[0]) / (n**0.5 - 1)
+    return mean, rows.T / (n - 1) ** 0.5
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """F with F F^T = S: Cholesky's, or of the eigenvectors where S is singular."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        values, vectors = torch.linalg.eigh(covariance)
         factor = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(factor.T @ b @ factor).clamp(min=0).sqrt().sum()
+    return factor
+
+
+def _sum_of_singular_values(product: Tensor) -> Tensor:
+    """tr (S_a S_b)^(1/2) is this sum for F_a^T F_b.
+
+    Square roots of the eigenvalues of P P^T are the singular values at a third of the price, but squaring blurs those
+    below 1e-7 of the largest by up to 1e-8 of it. Where so many are blurred that it could be seen, svdvals.
+    """
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    values = torch.linalg.eigvalsh(product @ product.T).clamp(min=0)
+    blurred = (values < 1e-13 * values[-1]).sum()
+    if blurred * 1e-8 * values[-1].sqrt() > 1e-8 * values.sqrt().sum():
+        return torch.linalg.svdvals(product).sum()
+    return values.sqrt().sum()
+
+
+# ------------------------------------------------------------------------------------------------- kernel distance
+
+
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x.y / D + 1)^3 of every pair in float64, (n, m): KID's kernel (Binkowski et al. 2018)."""
+    products = (x.double() @ y.double().T).div_(x.shape[1]).add_(1)
+    return products.square().mul_(products)
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): mean and standard deviation, over random subsets, of the unbiased squared MMD with
-    the kernel (x.y / D + 1)^3.
+    """KID (Binkowski et al. 2018): mean and (population) standard deviation, over random subsets drawn without
+    replacement from each set, of the unbiased squared MMD with the kernel (x.y / D + 1)^3.
 
-    The three kernel matrices are computed once and every subset sums entries of them. `size` is reduced to the
-    smaller set where that has fewer samples.
+    `size` is reduced to the smaller set where that has fewer samples. Values near 0 may be negative. The deviation says
+    how subsets differ, not how sure the mean is: that is `uncertainty.kernel_interval`.
     """
+    check(2, a, b)
     size = min(size, len(a), len(b))
-    if size < 2:
-        raise ValueError("a kernel distance needs at least 2 samples on each side")
-    a, b = a.double(), b.double()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
     generator = torch.Generator().manual_seed(seed)
-    pick_a = torch.zeros(subsets, len(a), dtype=torch.float64)
-    pick_b = torch.zeros(subsets, len(b), dtype=torch.float64)
-    for i in range(subsets):
-        pick_a[i, torch.randperm(len(a), generator=generator)[:size]] = 1
-        pick_b[i, torch.randperm(len(b), generator=generator)[:size]] = 1
-    of_a, of_b = kernel(a, a).fill_diagonal_(0), kernel(b, b).fill_diagonal_(0)
-    same = ((pick_a @ of_a) * pick_a).sum(1) + ((pick_b @ of_b) * pick_b).sum(1)
-    cross = ((pick_a @ kernel(a, b)) * pick_b).sum(1)
-    values = same / (size * (size - 1)) - 2 * cross / size**2
+    picks = [tuple(torch.randperm(len(x), generator=generator)[:size] for x in (a, b)) for _ in range(subsets)]
+    values = squared_mmd(a, b, picks)
     return values.mean().item(), values.std(correction=0).item()
 
 
-def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016): mean and standard deviation over contiguous splits."""
-    if len(logits) < splits:
-        raise ValueError(f"an Inception Score over {splits} splits needs as many images, not {len(logits)}")
-    scores = []
-    for part in logits.double().tensor_split(splits):
-        log_p = part.log_softmax(1)
-        marginal = log_p.exp().mean(0, keepdim=True)
-        divergence = (log_p.exp() * (log_p - marginal.log())).sum(1)
+def squared_mmd(a: Tensor, b: Tensor, picks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Unbiased squared MMD of every pair of subsets of equal size, given by their indices; (len(picks),) in float64.
+
+    Subsets that together repeat more pairs than there are share one pass over all pairs; few small subsets of large
+    sets are taken one by one.
+    """
+    size = len(picks[0][0])
+    if len(picks) * size**2 < max(len(a), len(b)) ** 2:
+        return torch.stack([_one_mmd(a[i], b[j]) for i, j in picks])
+    chosen_a = torch.zeros(len(picks), len(a), dtype=torch.float64, device=a.device)
+    chosen_b = torch.zeros(len(picks), len(b), dtype=torch.float64, device=b.device)
+    for row, (i, j) in enumerate(picks):
+        chosen_a[row, i], chosen_b[row, j] = 1, 1
+    same = _kernel_sums(a, a, chosen_a, chosen_a) + _kernel_sums(b, b, chosen_b, chosen_b)
+    return same / (size * (size - 1)) - 2 * _kernel_sums(a, b, chosen_a, chosen_b) / size**2
+
+
+def _one_mmd(a: Tensor, b: Tensor) -> Tensor:
+    n = len(a)
+    same = sum(polynomial_kernel(x, x).fill_diagonal_(0).sum() for x in (a, b))
+    return same / (n * (n - 1)) - 2 * polynomial_kernel(a, b).sum() / n**2
+
+
+def _kernel_sums(x: Tensor, y: Tensor, chosen_x: Tensor, chosen_y: Tensor) -> Tensor:
+    """For every row of the two 0/1 choices the sum of the kernel over the chosen pairs; (len(chosen_x),). A set paired
+    with itself leaves its diagonal out, and computes one of each two mirrored tiles."""
+    total, itself = x.new_zeros(len(chosen_x), dtype=torch.float64), y is x
+    for i, j in tiles(len(x), len(y), itself):
+        kernel = polynomial_kernel(x[i], y[j])
+        if itself and i == j:
+            kernel.fill_diagonal_(0)
+        twice = 2 if itself and i != j else 1
+        total += twice * ((chosen_x[:, i] @ kernel) * chosen_y[:, j]).sum(1)
+    return total
+
+
+def tiles(n: int, m: int, mirrored: bool = False, block: int = BLOCK) -> Iterator[tuple[slice, slice]]:
+    """Tiles of an n x m table as (rows, columns); of a symmetric table, those on and above the diagonal."""
+    for top in range(0, n, block):
+        for left in range(top if mirrored else 0, m, block):
+            yield slice(top, min(top + block, n)), slice(left, min(left + block, m))
+
+
+# ------------------------------------------------------------------------------------------------- Inception Score
+
+
+def split_scores(logits: Tensor, splits: int = 10, seed: int | None = 2020) -> Tensor:
+    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016) of every split; (splits,) in float64.
+
+    Split i holds images floor(i N / splits) to floor((i + 1) N / splits), in the order that NumPy's RandomState(seed)
+    deals (2020 is torch-fidelity's) or, with seed None, as they come.
+    """
+    check(splits, logits)
+    if seed is not None:
+        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
+    n, scores = len(logits), []
+    for i in range(splits):
+        log_p = logits[i * n // splits : (i + 1) * n // splits].double().log_softmax(1)
+        marginal = log_p.exp().mean(0).log()
+        divergence = (log_p.exp() * (log_p - marginal)).nan_to_num(nan=0.0).sum(1)  # 0 log 0 = 0
         scores.append(divergence.mean().exp())
-    scores = torch.stack(scores)
+    return torch.stack(scores)
+
+
+def inception_score(logits: Tensor, splits: int = 10, seed: int | None = 2020) -> tuple[float, float]:
+    """Mean and population standard deviation of the score over splits: torch-fidelity's number.
+
+    torchmetrics shuffles with torch's global generator, cuts ceil(N / splits) images at a time (so perhaps fewer
+    splits) and divides the deviation by splits - 1; its mean is ours where the splits are the same.
+    """
+    scores = split_scores(logits, splits, seed)
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2 by one product, negative rounding set to 0; (n, m)."""
+# ----------------------------------------------------------------------- precision and recall, density and coverage
+
+
+def squared_distances(x: Tensor, y: Tensor, origin: Tensor) -> Tensor:
+    """|x_i - y_j|^2 in float32 by one product, negative rounding set to 0; (n, m).
+
+    Both are taken from `origin` (D,), somewhere among them: distances stay and their rounding shrinks.
+    """
+    x, y = (x - origin).float(), (y - origin).float()
     products = torch.addmm(y.square().sum(1).expand(len(x), -1), x, y.T, alpha=-2)
     return products.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def neighbour_radii(features: Tensor, k: int = 3, block: int = 4096) -> Tensor:
-    """Squared distance of every sample to its k-th nearest other one, (N,)."""
-    radii = []
-    for rows in features.split(block):
-        distances = _squared_distances(rows, features)
-        radii.append(distances.topk(k + 1, dim=1, largest=False).values[:, -1])  # the nearest is the sample itself
-    return torch.cat(radii)
+def neighbour_radii(features: Tensor, k: int = 3, block: int = BLOCK) -> Tensor:
+    """Squared distance of every sample to its k-th nearest other one, (N,). Mirrored tiles are computed once."""
+    check(k + 1, features)
+    origin = features.mean(0)
+    nearest = torch.full((len(features), k + 1), math.inf, device=features.device)  # with itself, at distance 0
+
+    def offer(rows: slice, distances: Tensor) -> None:
+        best = distances.topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], best], 1).topk(k + 1, dim=1, largest=False).values
+
+    for i, j in tiles(len(features), len(features), mirrored=True, block=block):
+        distances = squared_distances(features[i], features[j], origin)
+        offer(i, distances)
+        if i != j:
+            offer(j, distances.T.contiguous())
+    return nearest.amax(1)
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 4096) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019): the share of fakes inside some real sample's ball, and
     of reals inside some fake's. A ball reaches to the k-th neighbour; inside is strict, as in the papers' code.
 
-    Works in blocks of rows: no N x N matrix is held.
+    Each of the two self-distances costs half a product and the cross-distances serve both numbers: 2 N^2 D
+    multiplications where the dense computation takes 3.
     """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need more than {k} samples on each side")
-    real, fake = real.float(), fake.float()
+    check(k + 1, real, fake)
+    real_radii, fake_radii, origin = neighbour_radii(real, k, block), neighbour_radii(fake, k, block), real.mean(0)
+    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
+    for i, j in tiles(len(fake), len(real), block=block):
+        distances = squared_distances(fake[i], real[j], origin)
+        fake_inside[i] |= (distances < real_radii[j]).any(1)
+        real_inside[j] |= (distances < fake_radii[i, None]).any(0)
+    return fake_inside.double().mean().item(), real_inside.double().mean().item()
 
-    def covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-        inside = 0
-        for rows in points.split(block):
-            inside += (_squared_distances(rows, centres) < radii).any(1).sum().item()
-        return inside / len(points)
 
-    precision = covered(fake, real, neighbour_radii(real, k, block))
-    recall = covered(real, fake, neighbour_radii(fake, k, block))
-    return precision, recall
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = BLOCK) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020): in how many real balls a fake lies on average, over k, and the share of
+    real balls that hold a fake. Both near 1 for equal distributions; density may exceed 1."""
+    check(k + 1, real, fake)
+    radii, origin = neighbour_radii(real, k, block), real.mean(0)
+    covered, hits = torch.zeros(len(real), dtype=torch.bool, device=real.device), 0
+    for i, j in tiles(len(fake), len(real), block=block):
+        inside = squared_distances(fake[i], real[j], origin) < radii[j]
+        hits += inside.sum().item()
+        covered[j] |= inside.any(0)
+    return hits / (k * len(fake)), covered.double().mean().item()
 
 
 def f1(precision: float, recall: float) -> float:

@@ -1,0 +1,158 @@
+"""How sure a number is: an interval for every value, and the floor that equal distributions give at the same N.
+
+The interval is a delete-a-group jackknife (Quenouille 1949, Tukey 1958). A bootstrap would be the usual choice and is
+the wrong one here: it repeats images, and a set with repeated images has a higher FID, no unbiased KID and neighbours
+at distance 0, so its whole distribution sits beside the value it is meant to surround. Leaving a tenth out repeats
+nothing.
+
+What the interval covers is the statistic's expectation *at this N*: where the value would land for other images of the
+same two sources. It does not cover the bias, which for an FID at N < 2048 may be larger. The floor shows the bias: the
+same statistic between two disjoint halves of the real images.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from nanomed.metrics import scores
+
+Interval = tuple[float, float]
+
+
+def groups_of(n: int, groups: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices 0 ... n - 1 dealt at random into groups of nearly equal size."""
+    return list(torch.randperm(n, generator=generator).tensor_split(groups))
+
+
+def without(features: Tensor, group: Tensor) -> Tensor:
+    """The features (or anything with a first axis of images) that are not in the group."""
+    keep = torch.ones(len(features), dtype=torch.bool)
+    keep[group] = False
+    return features[keep]
+
+
+def intervals(
+    statistic: Callable[..., Sequence[float]],
+    *features: Tensor,
+    groups: int = 10,
+    level: float = 0.95,
+    seed: int = 0,
+    support: Interval = (0.0, math.inf),
+) -> list[Interval]:
+    """A (low, high) for each number of `statistic(*features)`, by leaving one of `groups` groups out of every set.
+
+    Sets are dealt into groups independently of each other. Costs `groups` + 1 evaluations. Ends are clipped to
+    `support`. Raises ValueError where a set has fewer images than groups.
+    """
+    values = torch.tensor(list(statistic(*features)), dtype=torch.float64)
+    if smallest := min(len(x) for x in features) < groups:
+        raise ValueError(f"an interval from {groups} groups needs as many images, not {smallest}")
+    generator = torch.Generator().manual_seed(seed)
+    dealt = [groups_of(len(x), groups, generator) for x in features]
+    left_out = [statistic(*(without(x, g[i]) for x, g in zip(features, dealt))) for i in range(groups)]
+    replicates = torch.tensor([list(row) for row in left_out], dtype=torch.float64)
+    return [around(value, column, level, support) for value, column in zip(values.tolist(), replicates.T)]
+
+
+def interval(
+    statistic: Callable[..., float],
+    *features: Tensor,
+    groups: int = 10,
+    level: float = 0.95,
+    seed: int = 0,
+    support: Interval = (0.0, math.inf),
+) -> Interval:
+    """`intervals` for a statistic that is one number."""
+    more = dict(groups=groups, level=level, seed=seed, support=support)
+    return intervals(lambda *x: [statistic(*x)], *features, **more)[0]
+
+
+def around(
+    value: float, replicates: Tensor, level: float = 0.95, support: Interval = (-math.inf, math.inf)
+) -> Interval:
+    """value +- t SE with the jackknife's SE^2 = (g - 1) / g sum (x_i - mean)^2 over the g leave-one-out values."""
+    g = len(replicates)
+    error = math.sqrt((g - 1) / g * (replicates - replicates.mean()).square().sum().item())
+    reach = float(student.ppf((1 + level) / 2, g - 1)) * error
+    return max(value - reach, support[0]), min(value + reach, support[1])
+
+
+def frechet_interval(a: Tensor, b: Tensor, groups: int = 10, level: float = 0.95, seed: int = 0) -> Interval:
+    """`interval` of the Frechet distance. Where images outnumber dimensions the moments without a group are those of
+    all minus those of the group, so that the sums run over the images twice instead of `groups` times."""
+    smallest, width = min(len(a), len(b)), a.shape[1]
+    if smallest - math.ceil(smallest / groups) <= width:
+        return interval(scores.frechet_distance, a, b, groups=groups, level=level, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    sides = [(x, scores.moments(x), groups_of(len(x), groups, generator)) for x in (a, b)]
+    value = scores.frechet_from_moments(*sides[0][1], *sides[1][1])
+    replicates = []
+    for i in range(groups):
+        (mean_a, cov_a), (mean_b, cov_b) = (_moments_without(x[g[i]], len(x), *whole) for x, whole, g in sides)
+        replicates.append(scores.frechet_from_moments(mean_a, cov_a, mean_b, cov_b))
+    return around(value, torch.tensor(replicates, dtype=torch.float64), level, (0.0, math.inf))
+
+
+def _moments_without(group: Tensor, n: int, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of n samples with a group taken out."""
+    m = len(group)
+    off = group.double() - mean
+    shift = off.sum(0) / (n - m)  # the mean without the group is mean - shift
+    scatter = (n - 1) * covariance - off.T @ off - (n - m) * torch.outer(shift, shift)
+    return mean - shift, scatter / (n - m - 1)
+
+
+def kernel_interval(a: Tensor, b: Tensor, groups: int = 20, level: float = 0.95, seed: int = 0) -> Interval:
+    """An interval for KID: the jackknife of the unbiased squared MMD of the whole sets, of which the mean over subsets
+    is an estimate. Sums of the kernel by pairs of groups give every leave-one-out value from one pass over all pairs.
+    """
+    scores.check(groups, a, b)
+    generator = torch.Generator().manual_seed(seed)
+    of_a, of_b = groups_of(len(a), groups, generator), groups_of(len(b), groups, generator)
+
+    def group_sums(x: Tensor, y: Tensor, of_x: list[Tensor], of_y: list[Tensor], itself: bool) -> Tensor:
+        sums = torch.zeros(groups, groups, dtype=torch.float64)
+        for i, first in enumerate(of_x):
+            for j, second in enumerate(of_y):
+                if itself and j < i:
+                    sums[i, j] = sums[j, i]
+                    continue
+                for r, c in scores.tiles(len(first), len(second)):
+                    kernel = scores.polynomial_kernel(x[first[r]], y[second[c]])
+                    sums[i, j] += kernel.sum().item()
+                    if itself and i == j and r == c:
+                        sums[i, j] -= kernel.diagonal().sum().item()
+        return sums
+
+    aa, bb = group_sums(a, a, of_a, of_a, True), group_sums(b, b, of_b, of_b, True)
+    ab = group_sums(a, b, of_a, of_b, False)
+
+    def mmd(keep: Tensor) -> float:
+        n, m = (sum(len(g) for g, kept in zip(of, keep) if kept) for of in (of_a, of_b))
+        both = keep[:, None] & keep
+        return (aa[both].sum() / (n * (n - 1)) + bb[both].sum() / (m * (m - 1)) - 2 * ab[both].sum() / (n * m)).item()
+
+    everything = torch.ones(groups, dtype=torch.bool)
+    replicates = [mmd(everything & (torch.arange(groups) != i)) for i in range(groups)]
+    return around(mmd(everything), torch.tensor(replicates, dtype=torch.float64), level)
+
+
+def mean_interval(parts: Tensor, level: float = 0.95) -> Interval:
+    """An interval for the mean of independent parts, such as an Inception Score's splits: mean +- t sd / sqrt(n)."""
+    n = len(parts)
+    if n < 2:
+        raise ValueError("an interval for a mean needs at least 2 parts")
+    reach = float(student.ppf((1 + level) / 2, n - 1)) * parts.double().std().item() / math.sqrt(n)
+    return parts.mean().item() - reach, parts.mean().item() + reach
+
+
+def floor(statistic: Callable[[Tensor, Tensor], float], real: Tensor, n: int, seed: int = 0) -> tuple[float, int]:
+    """What `statistic` gives between two disjoint random sets of n real images: the least that a perfect generator can
+    be expected to reach at this N. (value, n used): n is reduced to half of the real images where they are too few.
+    """
+    used = min(n, len(real) // 2)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    return statistic(real[order[:used]], real[order[used : 2 * used]]), used
