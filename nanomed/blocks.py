@@ -19,7 +19,7 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     """[cos(t w), sin(t w)] with w_k = 10000^(-k / (dim/2)), in float32: t (B,) to (B, dim). The family's common variant
     (diffusers calls it flip_sin_to_cos with a frequency shift of 0)."""
     half = dim // 2
-    w = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # in this order
     angles = t[:, None].float() * w
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
