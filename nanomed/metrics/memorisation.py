@@ -192,16 +192,29 @@ def benjamini_hochberg(p: np.ndarray, level: float) -> list[int]:
 def _space(train: Tensor, fake: Tensor, held_out: Tensor | None) -> Space:
     if len(train) < FEWEST or not len(fake):
         raise ValueError(f"{len(train)} training images and {len(fake)} samples: at least {FEWEST} and 1 are needed")
-    centre = train.double().mean(0)  # products of centred numbers lose less to rounding
-    index, distances, relative = nearest(fake, train, centre)
-    _, reference, reference_relative = nearest(train if held_out is None else held_out, train, centre, held_out is None)
+    train, fake = train.detach().cpu(), fake.detach().cpu()
+    held_out = None if held_out is None else held_out.detach().cpu()
+    for name, x in (("training images", train), ("samples", fake), ("held-out images", held_out)):
+        if x is not None and (x.shape[1:] != train.shape[1:] or not x.isfinite().all()):
+            raise ValueError(f"the {name} are {tuple(x.shape)} beside {tuple(train.shape)}, or not finite")
+    itself = held_out is None
+    index, distances, relative = nearest(fake, train)
+    _, reference, reference_relative = nearest(train if itself else held_out, train, itself)
     own = reference_relative > ROUNDING
     reference, reference_relative = reference[own], reference_relative[own]
     if len(reference) < FEWEST:
         raise ValueError(f"{len(reference)} held-out images that are no training images: at least {FEWEST} are needed")
-    p, dimension = tail_p(relative, reference_relative, paired=held_out is None)
-    test = mannwhitneyu(relative, reference_relative, alternative="less")
-    nearer = 1 - test.statistic / (len(relative) * len(reference_relative))
+    p, dimension = tail_p(relative, reference_relative, paired=itself)
+    ours, theirs = relative, reference_relative
+    if itself:
+        # Distances inside one set hang together, so a mean over them varies more than the test believes: one half of
+        # the training images is held out from the other instead, which is as good as images never seen.
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
+        half, other = train[order[::2]], train[order[1::2]]
+        ours, theirs = nearest(fake, half)[2], nearest(other, half)[2]
+        theirs = theirs[theirs > ROUNDING]
+    test = mannwhitneyu(ours, theirs, alternative="less")
+    nearer = 1 - test.statistic / (len(ours) * len(theirs))
     return Space(index, distances, relative, reference, reference_relative, p, dimension, float(nearer),
                  float(test.pvalue), int((~own).sum()))  # fmt: skip
 
@@ -225,32 +238,33 @@ def tail_p(values: np.ndarray, reference: np.ndarray, paired: bool = False) -> t
     return p, float(k / total) if total > 0 else float("inf")
 
 
-def nearest(
-    queries: Tensor, train: Tensor, centre: Tensor | float = 0.0, itself: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest(queries: Tensor, train: Tensor, itself: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every query's nearest training image: its index, the distance, and the relative distance; (K,) each.
 
     itself   the queries are the training images: no image is its own neighbour
 
     Works in blocks of rows: no K x N matrix is held.
     """
-    views, reference = _views(queries, centre), _views(train, centre)[0]  # (K, D) each, (N, D)
+    centre = train.mean(0, dtype=torch.float64).float()  # products of centred numbers lose less to rounding
+    reference = _rows(train, centre)  # (N, D)
+    squares = reference.square().sum(1)
     sample = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:YARDSTICK].sort().values
     rank = max(1, round(SHARE * len(sample)))
-    squares = reference.square().sum(1)
+    flips = [(), (3,), (2,), (2, 3)] if queries.ndim == 4 else [()]
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     rows = max(1, _ENTRIES // len(train))
     for first in range(0, len(queries), rows):
-        part = [view[first : first + rows] for view in views]
-        distances = _squared(part[0], reference, squares)  # (R, N)
-        for view in part[1:]:
+        block = queries[first : first + rows]
+        views = [_rows(block.flip(axes), centre) for axes in flips]  # (R, D) each
+        distances = _squared(views[0], reference, squares)  # (R, N)
+        for view in views[1:]:
             distances = torch.minimum(distances, _squared(view, reference, squares), out=distances)
         if itself:
             own = torch.arange(len(distances))
             distances[own, own + first] = torch.inf
         index = distances.argmin(1)
         # The product form is off by rounding where images agree: the pair that matters is subtracted.
-        exact = torch.stack([(view - reference[index]).square().sum(1) for view in part]).amin(0)
+        exact = torch.stack([(view - reference[index]).square().sum(1) for view in views]).amin(0)
         yardstick = distances[:, sample].kthvalue(rank, dim=1).values
         found.append((index, exact.sqrt(), yardstick.clamp(min=0).sqrt()))
     index, distance, yardstick = (torch.cat(column).double().numpy() for column in zip(*found))
@@ -264,9 +278,7 @@ def _squared(x: Tensor, y: Tensor, squares: Tensor) -> Tensor:
     return torch.addmm(squares.expand(len(x), -1), x, y.T, alpha=-2).add_(x.square().sum(1, keepdim=True))
 
 
-def _views(x: Tensor, centre: Tensor | float) -> list[Tensor]:
-    """Images as rows (N, D), upright and under both flips and both together; features alone."""
-    x = x.detach().cpu()
-    flips = [(), (3,), (2,), (2, 3)] if x.ndim == 4 else [()]
-    scale = x[0].numel() ** -0.5 if x.ndim == 4 else 1.0  # root mean square over pixels
-    return [((x.flip(axes).double() - centre) * scale).flatten(1).float() for axes in flips]
+def _rows(x: Tensor, centre: Tensor) -> Tensor:
+    """Images or features as centred rows (N, D); images such that a distance is a root mean square over pixels."""
+    scale = centre.numel() ** -0.5 if x.ndim == 4 else 1.0
+    return ((x.float() - centre) * scale).flatten(1)

@@ -12,7 +12,7 @@ what the classifier itself reads. Names are those of the published checkpoints.
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +225,8 @@ def load(folder: str | Path) -> Vit | VitClassifier:
     else:
         tensors = weights.read(folder, "model")
     if "classifier.weight" in tensors:
-        network = weights.build(VitClassifier, config)
+        unnamed = tuple(f"LABEL_{number}" for number in range(len(tensors["classifier.weight"])))  # the format's own
+        network = weights.build(VitClassifier, replace(config, labels=config.labels or unnamed))
     else:
         network = weights.build(Vit, config, pooler="pooler.dense.weight" in tensors)
     return weights.load(network, tensors).requires_grad_(False).eval()
