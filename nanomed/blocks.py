@@ -203,9 +203,11 @@ class ImageAttention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
 
+    def normed(self, x: Tensor, zq: Tensor | None) -> Tensor:
+        return self.group_norm(x)
+
     def forward(self, x: Tensor, tokens: Tensor | None = None, zq: Tensor | None = None) -> Tensor:
-        normed = self.group_norm(x) if zq is None else self.group_norm(x, zq)
-        pixels = normed.flatten(2).transpose(1, 2)  # (B, HW, C)
+        pixels = self.normed(x, zq).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
         if tokens is not None:
             k = torch.cat([self.add_k_proj(tokens), k], dim=1)  # (B, L + HW, C)
