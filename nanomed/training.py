@@ -45,6 +45,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
         texts=texts,
         replace=replace,
         join=config.join if pairs else 1,
+        jitter=system.jitter,
     )
 
 
@@ -54,14 +55,15 @@ def _cached_images(config, system, part, encode, table, augment, rank, world, de
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
         each = [
-            pixels(table.rows[i // len(looks)], system.size, config.seed, looks[i % len(looks)], augment) for i in rows
+            pixels(table.rows[i // len(looks)], system.size, config.seed, looks[i % len(looks)], augment, system.jitter)
+            for i in rows
         ]
         return encode(torch.stack([to_unit(array) for array in each]).to(device))
 
     key = {
         "fields": f"{part} of images", "weights": weights.fingerprint(system.get_submodule(part)),
         "images": [[row.file.name, files.sha256(row.file)] for row in table.rows],
-        "size": system.size, "views": config.views, "augment": augment, "seed": config.seed,
+        "size": system.size, "views": config.views, "augment": augment, "jitter": system.jitter, "seed": config.seed,
     }  # fmt: skip
     return cached(config.cache, key, len(table.rows) * len(looks), make, 32, rank, world, runtime.barrier)
 

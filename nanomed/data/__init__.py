@@ -10,9 +10,10 @@ skin:DIR          Med-Art's eight skin lesion classes, in folders
 
 from pathlib import Path
 
+from nanomed.data.captioned import with_captions
 from nanomed.data.table import DataError, Row, Table, with_paraphrases
 
-__all__ = ["DataError", "Row", "Table", "load", "with_paraphrases"]
+__all__ = ["DataError", "Row", "Table", "load", "with_captions", "with_paraphrases"]
 
 TOY_IMAGES = 2000
 

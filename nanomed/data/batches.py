@@ -35,13 +35,13 @@ def views(count: int) -> list[View]:
     return [View(i) for i in range(count)] + [View(count + i, flip) for i, flip in enumerate(FLIPS)]
 
 
-def pixels(row: Row, size: int, seed: int, view: View, augment: bool) -> np.ndarray:
-    """A row's image as uint8 (size, size, 3). `augment` is the paper's training transform (random square crop and
-    colour jitter, seeded by the file's name and the view), else the centre crop."""
+def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bool = True) -> np.ndarray:
+    """A row's image as uint8 (size, size, 3). `augment` is the paper's training transform (random square crop and,
+    with `jitter`, of colours too, seeded by the file's name and the view), else the centre crop."""
     image = images.open_rgb(row.file)
     if augment:
         rng = np.random.default_rng(runtime.seed_of("view", seed, row.file.name, view.number))
-        array = images.msdm_train(image, size, rng)
+        array = images.msdm_train(image, size, rng) if jitter else np.asarray(images.random_square(image, size, rng))
     else:
         array = images.msdm_valid(image, size)
     horizontal, vertical = view.flip
@@ -78,10 +78,11 @@ class Batches:
         texts: tuple[dict[str, int], Columns] | None = None,
         replace: float = 0.0,
         join: int = 1,
+        jitter: bool = True,
     ):
         self.rows, self.size, self.batch, self.seed, self.rank, self.world = rows, size, batch, seed, rank, world
         self.dropout, self.augment, self.columns, self.texts, self.replace = dropout, augment, columns, texts, replace
-        self.views, self.join = views(view_count), join
+        self.views, self.join, self.jitter = views(view_count), join, jitter
         self.view_count = view_count
         if pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
@@ -136,7 +137,7 @@ class Batches:
             image = index * len(self.views) + int(number)
         else:
             chosen = View(int(view), FLIPS[flip] if is_dropped else FLIPS[0])
-            image = images.to_unit(pixels(row, self.size, self.seed, chosen, self.augment))
+            image = images.to_unit(pixels(row, self.size, self.seed, chosen, self.augment, self.jitter))
         return image, "" if is_dropped else prompt
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """A folder of images with captions: `metadata.csv` or `metadata.jsonl` with `file_name,text`, or a .txt beside each.
 
 Other column names that people use are understood: Filename and Prompt, image and caption. Several lines of one image
-are several captions of it.
+are several captions of it. An image's class is the column `category`, else the folder that it lies in.
 """
 
 import json
@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from nanomed.data.images import find, listing
-from nanomed.data.table import DataError, Row, Table, column, read_csv, read_text, report
+from nanomed.data.table import FILE_COLUMNS, TEXT_COLUMNS, DataError, Row, Table, column, read_csv, read_text, report
 
-FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "filename", "image"), ("text", "prompt", "caption")
+LABEL_COLUMNS = ("category", "label", "class")
 
 
 def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
@@ -41,7 +41,7 @@ def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
         except DataError as error:
             report(DataError(f"{error}; {path.name} needs it for its caption"), problems)
             lines = []
-        rows.append(Row(path, tuple(filter(None, lines))))
+        rows.append(Row(path, tuple(filter(None, lines)), label=_folder(path, folder)))
     return Table("folder", tuple(rows))
 
 
@@ -52,16 +52,25 @@ def _rows(folder: Path, path: Path, records: list[tuple[int, dict]], problems: l
     if name is None or text is None:
         raise DataError(f"{path}:1: columns file_name and text are needed, not {', '.join(records[0][1])}")
     captions: dict[Path, list[str]] = {}
+    labels: dict[Path, str] = {}
+    label = column(records[0][1], LABEL_COLUMNS)
     for line, record in records:
         try:
             texts = record.get(text)
             texts = texts if isinstance(texts, list) else [texts]  # JSON may hold several captions
             if not isinstance(record.get(name), str) or not all(isinstance(caption, str) for caption in texts):
                 raise DataError(f"{name} or {text} is missing or no text")
-            captions.setdefault(find(record[name], (folder,)), []).extend(texts)
+            file = find(record[name], (folder,))
+            captions.setdefault(file, []).extend(texts)
+            labels.setdefault(file, str(record[label]) if label in record else _folder(file, folder))
         except DataError as error:
             report(DataError(f"{path}:{line}: {error}"), problems)
-    return [Row(file, tuple(texts)) for file, texts in captions.items()]
+    return [Row(file, tuple(texts), label=labels[file]) for file, texts in captions.items()]
+
+
+def _folder(file: Path, root: Path) -> str:
+    """The folder below the root that a file lies in: its class, in data sets that are laid out so."""
+    return "" if file.parent == root else file.parent.name
 
 
 def _read_jsonl(path: Path, problems: list[DataError] | None) -> list[tuple[int, dict]]:

@@ -135,14 +135,19 @@ def msdm_valid(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(_square(image, left, top, size))
 
 
+def random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """Random crop of the shorter side, resize: Med-Art's transform."""
+    side = min(image.size)
+    left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
+    return _square(image, int(left), int(top), size)
+
+
 def msdm_train(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
     """Random crop of the shorter side, resize, brightness, contrast and saturation jitter of 0.4.
 
     The paper names only brightness and contrast; the released code also jitters the saturation.
     """
-    side = min(image.size)
-    left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
-    return np.asarray(color_jitter(_square(image, int(left), int(top), size), rng))
+    return np.asarray(color_jitter(random_square(image, size, rng), rng))
 
 
 def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float = 0.4) -> Image.Image:

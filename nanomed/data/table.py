@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 
+FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "filename", "image"), ("text", "prompt", "caption")  # as people name them
+
+
 class DataError(ValueError):
     """Data that cannot be used; one line names the file, the row and what to do."""
 
