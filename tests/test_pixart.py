@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanomed import lora, weights
-from nanomed.denoisers.pixart import OPTIONAL, PixArt, PixArtConfig, load_pixart, positions
+from nanomed.denoisers.pixart import OPTIONAL, PixArtConfig, PixArtTransformer, load_pixart, positions
 
 # The published shapes in small: 16 latents a side at training is 512 pixels, 128 is 1024-MS, in whose network the size
 # of the image is a condition; heads of 24 keep dim / 3 and dim / 4 whole as 72 does
@@ -31,11 +31,11 @@ MEDART = ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.p
           "linear_1", "linear_2")  # fmt: skip  # the suffixes of the released Med-Art script
 
 
-def pair(kind: str = "512") -> tuple[diffusers.PixArtTransformer2DModel, PixArt]:
+def pair(kind: str = "512") -> tuple[diffusers.PixArtTransformer2DModel, PixArtTransformer]:
     """diffusers' network at its default initialisation, and ours with the same weights."""
     torch.manual_seed(0)
     reference = diffusers.PixArtTransformer2DModel(**KINDS[kind] | dict(cross_attention_dim=48)).eval()
-    ours = PixArt(PixArtConfig(**KINDS[kind]))
+    ours = PixArtTransformer(PixArtConfig(**KINDS[kind]))
     return reference, weights.load(ours, {name: t.clone() for name, t in reference.state_dict().items()}).eval()
 
 
@@ -178,7 +178,7 @@ def test_a_size_must_be_said_where_it_is_a_condition():
 
 
 def test_checkpointing_changes_no_gradient_and_keeps_less():
-    def backward(checkpointing: bool) -> tuple[PixArt, int]:
+    def backward(checkpointing: bool) -> tuple[PixArtTransformer, int]:
         _, ours = pair()
         ours.checkpointing = checkpointing
         torch.manual_seed(1)
@@ -234,7 +234,7 @@ def test_medarts_adapter_reaches_what_peft_reaches():
 
 @pytest.mark.filterwarnings("ignore:LoRA targets that no layer has")
 def test_medarts_adapter_of_the_published_network_has_the_published_size():
-    network = weights.build(PixArt)
+    network = weights.build(PixArtTransformer)
     with torch.device("meta"):
         params = lora.inject(network, rank=8, targets=MEDART)
     assert len(params) == 2 * 287 and sum(p.numel() for p in params) == 6_882_688
@@ -242,7 +242,7 @@ def test_medarts_adapter_of_the_published_network_has_the_published_size():
 
 def test_a_fresh_network_learns():
     torch.manual_seed(0)
-    ours = PixArt(PixArtConfig(**SMALL))
+    ours = PixArtTransformer(PixArtConfig(**SMALL))
     batch = inputs()
     target = torch.randn(3, 8, 1, 1)
     optimizer = torch.optim.Adam(ours.parameters(), 3e-3)
@@ -263,7 +263,7 @@ def test_a_fresh_network_learns():
 def test_published_transformers_load_strictly(component, tmp_path):
     """With the one tensor besides that the files carry and nothing uses."""
     (tmp_path / "config.json").write_text(json.dumps(config(component)))
-    network = weights.build(PixArt, PixArtConfig.from_json(tmp_path))
+    network = weights.build(PixArtTransformer, PixArtConfig.from_json(tmp_path))
     published = names_and_shapes(component)
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == published
     assert sum(p.numel() for p in network.parameters()) == about(component)["params"]
@@ -315,7 +315,7 @@ def test_loading_holds_the_weights_once(tmp_path, dtype, bound):
     for folder, shape in dict(small=SMALL, large=dict(num_layers=3)).items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps(shape))
-        names = weights.build(PixArt, PixArtConfig(**shape)).state_dict()
+        names = weights.build(PixArtTransformer, PixArtConfig(**shape)).state_dict()
         tensors = {name: torch.ones(t.shape) for name, t in names.items()}
         save_file(tensors, tmp_path / folder / "diffusion_pytorch_model.safetensors")
     code = f"""

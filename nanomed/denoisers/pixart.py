@@ -179,7 +179,7 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_m, self.ff(modulated(x, shift_m, scale_m)))
 
 
-class PixArt(nn.Module):
+class PixArtTransformer(nn.Module):
     """Predict epsilon and a variance from noisy latents, a timestep and the states of T5.
 
     checkpointing   an attribute to set: blocks forget their activations and compute them again in the backward pass
@@ -246,11 +246,11 @@ class PixArt(nn.Module):
 OPTIONAL = ("caption_projection.y_embedding",)  # the null text of PixArt's own training, which T5 of "" has replaced
 
 
-def load_pixart(path: str | Path, dtype: torch.dtype | None = None) -> PixArt:
+def load_pixart(path: str | Path, dtype: torch.dtype | None = None) -> PixArtTransformer:
     """The transformer of a folder with `config.json` and its weights (one file, shards, or their fp16 variant), in
     evaluation mode. dtype: convert to it while reading; None keeps the file's.
 
     Raises WeightsError where a file is missing, damaged or of another transformer.
     """
-    transformer = weights.build(PixArt, PixArtConfig.from_json(path))
+    transformer = weights.build(PixArtTransformer, PixArtConfig.from_json(path))
     return weights.load(transformer, weights.read(path, "diffusion_pytorch_model", dtype=dtype), OPTIONAL).eval()
