@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from nanomed.systems.base import System
 
-FILES = {"msdm": "msdm", "msdm-tiny": "msdm"}  # preset -> file in this folder
+FILES = {"msdm": "msdm", "msdm-tiny": "msdm", "pixart": "pixart", "medart": "medart", "medart-skin": "medart",
+         "medart-tiny": "medart"}  # fmt: skip  # preset -> file in this folder
+PUBLISHED = ("pixart",)  # presets that `load` also reads as they were published
 
 
 def _file(preset: str) -> ModuleType:
@@ -41,7 +43,8 @@ def load(
     dtype: "torch.dtype | None" = None,
     device: "str | torch.device" = "cpu",
 ) -> "System":
-    """Read a trained system: a run folder, a folder that `System.save` wrote, or a name under `weights/`.
+    """Read a trained system: a run folder, a folder that `System.save` wrote, or a name under `weights/`; or a
+    published one by the name of its preset.
 
     `weights` is where published files are looked for besides the usual places (see nanomed/weights.py).
     """
@@ -49,6 +52,8 @@ def load(
     from nanomed import weights as files
     from nanomed.systems.base import read_config
 
+    if name in PUBLISHED:
+        return _file(name).load_published(weights, dtype).to(device)
     folder = runs.model_folder(name) if runs.is_run(name) else files.find(str(name), weights)
     kind = read_config(folder)["system"]
     return _file(kind).load(folder, weights, dtype).to(device)
