@@ -26,6 +26,7 @@ class Config:
     stage: str = ""  # one stage of the model; empty: all of them, in the paper's order
     size: int | None = None  # side of the images in pixels; empty: the model's own
     steps: int = 100_000  # optimizer steps of a stage
+    epochs: float = 0.0  # passes over the training pairs, in place of a number of steps
     batch: int = 32  # samples at a time on each process
     accumulate: int = 1  # backward passes in one step
     lr: float = 1e-4  # learning rate
@@ -34,14 +35,23 @@ class Config:
     weight_decay: float = 0.0  # of AdamW; the paper's is 0, not AdamW's default
     clip: float = 1.0  # limit on the norm of all gradients; 0 = none
     ema: float = 0.999  # decay of the averaged weights; 0 = no average
+    rank: int = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
+    alpha: float = 0.0  # the adapter's scale is alpha / rank; 0 = as large as the rank
+    adapter: str = "lora"  # lora, rslora, dora or rsdora
+    text_adapter: str = ""  # Med-Art: kind of T5's adapter, where it is another one than --adapter; none: T5 is left alone
+    hldf_every: int | None = None  # Med-Art: steps from one colour loss to the next, 0 = never; empty: the model's own
+    hldf_keep: int = 0  # Med-Art: solver steps that keep their activations in it, for speed where there is memory
+    hldf_last: int | None = None  # Med-Art: back-propagate it through the last solver steps alone; empty: through all
     snr_gamma: float = 0.0  # min-SNR weighting of the loss; 0 = off
     precision: str = "fp32"  # fp32, bf16 or fp16 autocast
     compile: bool = False  # torch.compile the trained network
     allocator: bool = False  # CPU: keep freed memory instead of returning it (faster steps, more resident memory)
     augment: bool = True  # random square crops and colour jitter, as the paper; else centre crops
     views: int = 8  # random crops of an image whose latents are cached; 0 = encode live, a new crop every time
+    captions: str = ""  # in place of the data's own: empty, "An endoscopic image of {category}", or a CSV file
     paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase FILE makes one)
     strategy: str = "add"  # add | some | all: paraphrases as pairs of their own, in place with p = 0.5, or always
+    dropout: float | None = None  # share of training prompts replaced by ""; empty: the model's own
     join: int = 1  # up to this many prompts of an image in one, drawn anew every time
     valid: float = 0.1  # share of the images held out, by image
     save_every: int = 1000  # steps between checkpoints, each with a validation and a grid
@@ -51,6 +61,7 @@ class Config:
     test_prompts: str = ""  # file of prompts to draw and evaluate at the end
     seed: int = 2204  # of everything
     log_every: int = 50  # steps between lines of the log
+    tensorboard: bool = False  # write the curves for TensorBoard too, where it is installed
     resume: str = ""  # "latest" or a run folder
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     cache: str = "runs/cache"  # where latents and text states are kept
@@ -69,6 +80,13 @@ def main() -> int:
     options = {"size": config.size} if config.size else {}
     if config.snr_gamma:
         options["snr_gamma"] = config.snr_gamma
+    for name in ("text_adapter", "hldf_every", "hldf_keep", "hldf_last"):
+        if name in config.given:
+            if not config.model.startswith("medart"):
+                raise runtime.UsageError(f"--{name} is for Med-Art, not for {config.model}")
+            options[name] = getattr(config, name)
+    if config.rank and config.precision == "bf16":  # what lies frozen below adapters is held in bf16
+        options["dtype"] = torch.bfloat16
     system = systems.build(config.model, config.weights or None, random=config.dry_run, **options)
     system.to(device, memory_format=torch.channels_last)  # convolutions of small maps run twice as fast on CPUs
     if config.dry_run:
@@ -78,6 +96,8 @@ def main() -> int:
 
     stop = runtime.StopSignal()
     table = data.load(config.data, Path(config.cache), system.size)
+    if config.captions:
+        table = data.with_captions(table, config.captions)
     if config.paraphrases:
         table = data.with_paraphrases(table, config.paraphrases, config.strategy)
     train, valid = table.split(config.valid, config.seed)
@@ -98,7 +118,7 @@ def main() -> int:
         if stage in run.state["stages"]:
             continue
         before = [other for other in system.stages if other not in run.state["stages"]][0]
-        if before != stage:
+        if before != stage and system.in_order:
             raise runtime.UsageError(
                 f"--stage {stage} builds on stage {before}: say --resume with a run that has trained it"
             )
@@ -111,6 +131,7 @@ def main() -> int:
         run.update(stages=[*run.state["stages"], stage])
 
     results = {}
+    system.fold()
     if config.test_prompts and not config.stage:
         results = training.draw_and_evaluate(config, system, run, valid, rank, world, device)
     if rank == 0:
@@ -142,6 +163,9 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
     """Train one stage to its end; False when it was asked to stop and has saved its state."""
     from nanomed import training
 
+    if config.rank:
+        torch.manual_seed(runtime.seed_of(config.seed, "adapter", stage))  # the same start on every process
+        system.adapt(stage, config.rank, config.alpha or None, config.adapter)
     params = system.trainable(stage)
     if (missing := system.load_optional(stage, config.weights or None)) and rank == 0:
         print(missing)
@@ -153,10 +177,14 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
         step, best, skipped = state["step"], state["best"], state["skipped"]
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
+    batches = training.batches(config, system, stage, train, rank, world, device)
+    if config.epochs:
+        config.steps = math.ceil(config.epochs * len(batches.items) / (config.batch * config.accumulate * world))
     if rank == 0:
         count = sum(p.numel() for p in params.values())
-        print(f"stage {stage}: {count:,} parameters, steps {step:,} to {config.steps:,} of {config.batch} x {world}")
-    batches = training.batches(config, system, stage, train, rank, world, device)
+        print(
+            f"stage {stage}: {count:,} parameters train, steps {step:,} to {config.steps:,} of {config.batch} x {world}"
+        )
     judge = training.Judge(config, system, stage, run, valid, rank, world, device)
     if config.compile:
         for part in system.stages[stage]:

@@ -84,6 +84,11 @@ def inject(
     return parameters(module)
 
 
+def adapted(module: nn.Module) -> bool:
+    """Whether a network has an adapter."""
+    return any(isinstance(layer, Adapted) for layer in module.modules())
+
+
 def parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of the adapter, in the order of the layers."""
     return [param for layer in _adapted(module).values() for param in layer.adapter().values()]
@@ -143,7 +148,7 @@ def _adapted(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _expect_bare(module: nn.Module) -> None:
-    if any(isinstance(layer, Adapted) for layer in module.modules()):
+    if adapted(module):
         raise ValueError(f"this {type(module).__name__} has an adapter already: fold or remove it first")
 
 

@@ -59,9 +59,10 @@ def _read(path: Path) -> dict:
 class Run:
     """One run folder. Only rank 0 writes; every rank reads."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, tensorboard: bool = False):
         self.folder, self.rank = Path(folder), rank
         self.state = _read(self.folder / "state.json")
+        self.board = _tensorboard(self.folder) if tensorboard and rank == 0 else None
 
     @classmethod
     def create(cls, root: str | Path, config: dict, rank: int) -> "Run":
@@ -76,7 +77,7 @@ class Run:
             files.write_json(folder / "config.json", config | {"environment": environment()})
             files.write_json(folder / "state.json", {"status": "running", "stages": []})
         runtime.barrier()
-        return cls(folder, rank)
+        return cls(folder, rank, config.get("tensorboard", False))
 
     @classmethod
     def resume(cls, folder: str | Path, config: dict, world: int, rank: int) -> "Run":
@@ -86,7 +87,7 @@ class Run:
             raise runtime.UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
         decisive = ("model", "data", "seed", "batch", "accumulate", "world", "size", "valid", "views", "augment")
-        for name in (*decisive, "paraphrases", "strategy", "join"):
+        for name in (*decisive, "captions", "paraphrases", "strategy", "join"):
             if before.get(name) != config.get(name):
                 raise runtime.UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "
@@ -96,7 +97,7 @@ class Run:
         if rank == 0:
             files.sweep(folder)
         runtime.barrier()
-        run = cls(folder, rank)
+        run = cls(folder, rank, config.get("tensorboard", False))
         run.update(status="running")
         return run
 
@@ -113,6 +114,10 @@ class Run:
         if self.rank == 0:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, float | int) and name != "step":
+                    self.board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -194,6 +199,14 @@ class Run:
         folder = self.folder / "checkpoints" / f"{stage}-step-{step:06d}"
         averaged = folder / "ema.safetensors"
         return load_file(averaged if averaged.is_file() else folder / "model.safetensors")
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise runtime.UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def environment() -> dict:

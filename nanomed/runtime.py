@@ -76,7 +76,7 @@ def parse(
     raw = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
     given = {name: _convert(name, value, _kind(fields[name].type)) for name, value in raw.items()}
     preset = presets(given.get("model", fields["model"].default)) if presets else {}
-    config = cls(**{k: v for k, v in preset.items() if k in fields} | given)
+    config = cls(**preset | given)
     config.given = tuple(given)
     return config
 
@@ -349,6 +349,7 @@ def number(value: Tensor) -> float | None:
     return round(value, 6) if abs(value) < float("inf") else None
 
 
-def parameters(module: nn.Module, parts: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The named parameters of the given parts of a module."""
-    return {f"{part}.{name}": param for part in parts for name, param in module.get_submodule(part).named_parameters()}
+def trained(module: nn.Module, parts: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The named parameters of the given parts of a module that require a gradient."""
+    named = {f"{part}.{name}": p for part in parts for name, p in module.get_submodule(part).named_parameters()}
+    return {name: param for name, param in named.items() if param.requires_grad}

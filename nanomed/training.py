@@ -38,7 +38,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
         rank,
         world,
         pairs=pairs,
-        dropout=system.dropout if pairs else 0.0,
+        dropout=(system.dropout if config.dropout is None else config.dropout) if pairs else 0.0,
         augment=augment,
         view_count=config.views,
         columns=columns,

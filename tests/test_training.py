@@ -237,15 +237,26 @@ def test_sigint_has_its_own_exit_code(tmp_path, tmp_path_factory):
     assert "state saved; go on with --resume" in output
 
 
-def killed_until_done(out: Path, cache: Path, kills: int, seed: int) -> Path:
-    """Kill -9 at random times, resume, until it is done; the number of kills that hit a living process is `kills`."""
-    rng, hits, resume = random.Random(seed), 0, ()
+def timed(words: list[str]) -> float:
+    """Run a command to its end; the seconds it took, which is what random times to kill it are drawn from."""
+    start = time.monotonic()
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return time.monotonic() - start
+
+
+def killed_until_done(out: Path, cache: Path, seconds: float, rng: random.Random) -> tuple[Path, int]:
+    """Kill -9 at random times of a run that takes `seconds`, resume, until it is done; the run and the kills it took.
+
+    A third of the time is the start of Python, where there is nothing to lose.
+    """
+    hits, resume = 0, ()
     while True:
         process = subprocess.Popen(
             command(out, cache, *resume), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            process.wait(timeout=None if hits >= kills else rng.uniform(2.0, 6.0))
+            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             hits += 1
@@ -254,18 +265,28 @@ def killed_until_done(out: Path, cache: Path, kills: int, seed: int) -> Path:
         run = runs.newest(out)
         resume = ("--resume", str(run)) if run else ()
         if process.returncode == 0:
-            assert hits >= kills
-            return run
+            return run, hits
+
+
+def kill_often(tmp_path: Path, cache: Path, kills: int) -> None:
+    seconds = timed(command(tmp_path / "a", cache))
+    expected, rng, hits, number = trained(runs.newest(tmp_path / "a")), random.Random(kills), 0, 0
+    while hits < kills:
+        run, more = killed_until_done(tmp_path / f"b{number}", cache, seconds, rng)
+        same(trained(run), expected)
+        assert not list(run.rglob("*.tmp"))
+        hits, number = hits + more, number + 1
+        assert number <= kills, "the runs end before they can be killed"
 
 
 def test_kill_minus_nine_loses_nothing(tmp_path, tmp_path_factory):
-    """Short form of the slow test below: 3 kills."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    whole = subprocess.run(command(tmp_path / "a", cache), env=environment(), capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    run = killed_until_done(tmp_path / "b", cache, 3, seed=0)
-    same(trained(run), trained(runs.newest(tmp_path / "a")))
-    assert not list(run.rglob("*.tmp"))
+    """Always restarted from a whole checkpoint, and in the end bitwise the straight run. Short form: 3 kills."""
+    kill_often(tmp_path, tmp_path_factory.getbasetemp() / "cache", 3)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_fifty_times(tmp_path, tmp_path_factory):
+    kill_often(tmp_path, tmp_path_factory.getbasetemp() / "cache", 50)
 
 
 # ------------------------------------------------------------------------------------------------- smaller pieces
@@ -370,16 +391,3 @@ def test_no_flag_is_swallowed_by_torchrun():
     for config in (train.Config, sample.Config, evaluate.Config):
         for name in [field.name for field in dataclasses.fields(config)] + list(runtime.ALIASES):
             assert not [option for option in theirs if option.startswith(f"--{name}")], name
-
-
-@pytest.mark.slow
-def test_kill_minus_nine_fifty_times(tmp_path, tmp_path_factory):
-    """At 50 random times: always restarted from a whole checkpoint, and in the end bitwise the straight run."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    whole = subprocess.run(command(tmp_path / "a", cache), env=environment(), capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    expected, hits, number = trained(runs.newest(tmp_path / "a")), 0, 0
-    while hits < 50:
-        run = killed_until_done(tmp_path / f"b{number}", cache, 5, seed=number)
-        same(trained(run), expected)
-        hits, number = hits + 5, number + 1

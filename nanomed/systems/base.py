@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanomed import files, runtime, weights
+from nanomed import files, lora, runtime, weights
 from nanomed.diffusion import Cond
 
 
@@ -17,11 +17,19 @@ class System(nn.Module):
     stages    name of a stage -> the parts it trains, in the order of the paper
     size      the side of its images in pixels
     dropout   the share of training prompts replaced by ""
+    jitter    whether the random crops that it trains on have their colours changed, too
+    adapters  part -> the layers of it that an adapter takes hold of (lora.py's `targets`)
+    in_order  whether a stage builds on what the ones before it have trained
+    base      the published repository that the weights below its adapters come from, if they do
     """
 
     stages: dict[str, tuple[str, ...]]
     size: int
     dropout: float = 0.0
+    jitter: bool = True
+    adapters: dict[str, tuple[str, ...]] = {}
+    in_order: bool = True
+    base: str = ""
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Prompts to the conditions of the denoiser, batch first."""
@@ -63,12 +71,27 @@ class System(nn.Module):
         """Take over what a finished stage left in `folder`: the parts it trained and what `finish` measured."""
         self.read_parts(folder, parts=self.stages[stage])
 
+    def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
+        """Put a fresh adapter on every part of a stage; from now on `trainable` means the adapters of these parts."""
+        for part in self.stages[stage]:
+            if part not in self.adapters:
+                raise runtime.UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
+            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], kind)
+
     def trainable(self, stage: str) -> dict[str, nn.Parameter]:
-        """Freeze everything but the stage's parts; return their parameters by name."""
+        """Freeze everything but the stage's parts, or the adapters on them; return by name what trains."""
         self.requires_grad_(False).eval()
         for part in self.stages[stage]:
-            self.get_submodule(part).requires_grad_(True).train()
-        return runtime.parameters(self, self.stages[stage])
+            module = self.get_submodule(part).train()
+            for param in lora.parameters(module) if lora.adapted(module) else module.parameters():
+                param.requires_grad_(True)
+        return runtime.trained(self, self.stages[stage])
+
+    def fold(self) -> None:
+        """Take all adapters into the weights for good: nothing to pay for them when drawing."""
+        for part in self.adapters:
+            if lora.adapted(self.get_submodule(part)):
+                lora.fold(self.get_submodule(part))
 
     # -------------------------------------------------------------------------------------------------- folders
 
@@ -80,21 +103,35 @@ class System(nn.Module):
         """Part -> the stem of its file. A frozen part that has its own published file is not saved again."""
         raise NotImplementedError
 
+    def adapter_folder(self, part: str) -> str:
+        """Where the adapter of a part lies in a saved system, as a PEFT folder."""
+        return f"{part}_lora"
+
     def save(self, folder: str | Path, parts: Iterable[str] = ()) -> None:
-        """Write `system.json` and one folder for each of the given parts, or all, as published systems are laid out.
-        `system.json` comes last."""
+        """Write `system.json` and one folder for each of the given parts, or all, as published systems are laid out:
+        its weights, or its adapter alone where it has one. `system.json` comes last."""
         folder = Path(folder)
-        for part, stem in self.saved_parts().items():
-            if not parts or part in parts:
-                files.write_tensors(folder / part / f"{stem}.safetensors", dict(self.get_submodule(part).state_dict()))
+        for part, module in self.named_children():
+            if parts and part not in parts:
+                continue
+            if lora.adapted(module):
+                lora.save_peft(folder / self.adapter_folder(part), module, self.base)
+            elif part in self.saved_parts():
+                path = folder / part / f"{self.saved_parts()[part]}.safetensors"
+                files.write_tensors(path, dict(module.state_dict()))
         files.write_json(folder / "system.json", self.config())
 
     def read_parts(self, folder: str | Path, dtype: torch.dtype | None = None, parts: Iterable[str] = ()) -> None:
-        """Load the given parts, or all, from where `save` wrote them, strictly."""
-        for part, stem in self.saved_parts().items():
-            if not parts or part in parts:
-                tensors = weights.read(Path(folder) / part, stem=stem, dtype=dtype)
-                weights.load(self.get_submodule(part), tensors)
+        """Load the given parts, or all, from where `save` wrote them, strictly; adapters come on top."""
+        folder = Path(folder)
+        for part, module in list(self.named_children()):
+            if parts and part not in parts:
+                continue
+            stem, adapter = self.saved_parts().get(part), folder / self.adapter_folder(part)
+            if stem and ((folder / part).is_dir() or not adapter.is_dir()):
+                weights.load(module, weights.read(folder / part, stem=stem, dtype=dtype))
+            if part in self.adapters and adapter.is_dir():
+                lora.load_peft(adapter, module)
 
 
 def read_config(folder: str | Path) -> dict:
