@@ -183,7 +183,7 @@ def killed_until_done(model: Path, prompts: Path, out: Path, seconds: float, rng
             command(model, prompts, out, 2), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            process.wait(timeout=rng.uniform(0.4, 1.0) * seconds)
+            process.wait(timeout=rng.uniform(0.3, 0.9) * seconds)
         except subprocess.TimeoutExpired:
             kill_all(out)
             hits += 1
@@ -205,7 +205,7 @@ def kill_often(model: Path, prompts: Path, tmp_path: Path, kills: int) -> None:
         out = tmp_path / f"killed{number}"
         hits, number = hits + killed_until_done(model, prompts, out, seconds, rng), number + 1
         assert images(out) == expected and not list(out.glob(".*.tmp"))
-        assert number <= kills, "the runs end before they can be killed"
+        assert number <= 4 * kills, "the runs end before they can be killed"
 
 
 def test_two_ranks_killed_at_random_times_give_the_bytes_of_one(model, prompt_file, tmp_path):
