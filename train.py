@@ -38,7 +38,7 @@ class Config:
     rank: int = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
     alpha: float = 0.0  # the adapter's scale is alpha / rank; 0 = as large as the rank
     adapter: str = "lora"  # lora, rslora, dora or rsdora
-    text_adapter: str = ""  # Med-Art: kind of T5's adapter, where it is another one than --adapter; none: T5 is left alone
+    text_adapter: str = ""  # Med-Art: kind of T5's adapter, where not as --adapter; none: T5 is left alone
     hldf_every: int | None = None  # Med-Art: steps from one colour loss to the next, 0 = never; empty: the model's own
     hldf_keep: int = 0  # Med-Art: solver steps that keep their activations in it, for speed where there is memory
     hldf_last: int | None = None  # Med-Art: back-propagate it through the last solver steps alone; empty: through all

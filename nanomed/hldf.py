@@ -3,7 +3,7 @@ images that is back-propagated through the sampler which drew them (eq. 5).
 
     denoise = recomputed(denoiser, cond, null, 4.5, params, steps=20)      in the place of guided(denoiser, ...)
     latents = samplers.dpmpp_2m(denoise, diffusion, noise, steps=20)       the sampler, untouched
-    loss = colour_loss(decode(latents), images) / 20                       eq. 4, with the weight 1 / M
+    loss = colour_loss(decode(latents), colours(images)) / 20              eq. 4, with the weight 1 / M
     loss.backward()
 
 How a gradient comes back through a sampler
@@ -40,21 +40,24 @@ from torch.autograd.function import once_differentiable
 from nanomed.diffusion import Cond, Denoise, guided
 
 
+def colours(images: Tensor) -> Tensor:
+    """The means of an image's channels and their unbiased standard deviations: (B, 3, H, W) to (B, 6)."""
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
 def colour_loss(images: Tensor, targets: Tensor, channels: str = "sum") -> Tensor:
     """Med-Art's eq. 4: the squared differences of every channel's mean and standard deviation, image by image.
 
         L = mean over images of sum over c of (mean_c - mean*_c)^2 + (std_c - std*_c)^2
 
-    images, targets   (B, 3, H, W) in [-1, 1]; not clamped, or what is oversaturated would have no gradient. Their sizes
-                      may differ; the standard deviation is the unbiased one
-    channels          "sum", as in the paper, or "mean", as in the released code: a third of it
+    images     (B, 3, H, W), nominally in [-1, 1] and not clamped, or what is oversaturated would have no gradient
+    targets    what `colours` says of the data's images, (B, 6)
+    channels   "sum", as in the paper, or "mean", as in the released code: a third of it
     """
     if channels not in ("sum", "mean"):
         raise ValueError(f"channels={channels!r}: sum (the paper) or mean (the released code)")
-    of_mean = images.mean((2, 3)) - targets.mean((2, 3))  # (B, 3)
-    of_std = images.std((2, 3)) - targets.std((2, 3))  # (B, 3)
-    distance = of_mean.square() + of_std.square()
-    return (distance.sum(1) if channels == "sum" else distance.mean(1)).mean()
+    distance = (colours(images) - targets).square().sum(1).mean()
+    return distance if channels == "sum" else distance / 3
 
 
 def recomputed(

@@ -1,0 +1,178 @@
+"""What HLDF does to colours: the toy world, from a model that has learned them wrong.
+
+    python tests/bench/bench_colour.py                       about 6 minutes of one thread; prints the table
+    python tests/bench/bench_colour.py --base FOLDER         keep the base model there, or take it from there
+    python tests/bench/bench_colour.py --picture FILE.png    and the same prompts and noise under each model
+
+A small PixArt and a small T5 learn the toy world with its saturation and contrast doubled (their autoencoder has seen
+both versions, as a published one has seen everything). Then they are fine-tuned with adapters on images as they are,
+once with HLDF and once without: the same start, data, order and number of steps. Columns:
+
+    colour     eq. 4 between the averages of drawn and real images' channel means and standard deviations
+    frechet    Frechet distance of the toy classifier's features to real images (not an FID)
+    seconds    of the fine-tuning
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from nanomed import files, runtime, systems
+from nanomed.data import toy
+from nanomed.data.images import to_unit
+from nanomed.metrics import classifier, colour
+from nanomed.metrics.features import toy_features
+from nanomed.metrics.scores import frechet_distance
+
+SIZE, HELD_OUT = 32, 10_000  # scenes from HELD_OUT on are for measuring
+
+
+def oversaturated(image: np.ndarray) -> np.ndarray:
+    """Twice the saturation, and a contrast of 1.3."""
+    picture = ImageEnhance.Color(Image.fromarray(image)).enhance(2.0)
+    return np.asarray(ImageEnhance.Contrast(picture).enhance(1.3))
+
+
+class Scenes:
+    """Scenes of the toy world in memory, drawn from in an order that depends on the seed alone."""
+
+    def __init__(self, first: int, count: int, change=None):
+        scenes = [toy.scene(seed) for seed in range(first, first + count)]
+        self.arrays = [toy.render(scene, SIZE) for scene in scenes]
+        if change:
+            self.arrays = [change(array) for array in self.arrays]
+        self.prompts = [toy.prompts(scene) for scene in scenes]
+
+    def batch(self, size: int, *key, dropout: float = 0.0) -> dict:
+        rng = np.random.default_rng(runtime.seed_of("batch", *key))
+        rows = rng.integers(len(self.arrays), size=size)
+        images = torch.stack([to_unit(self.arrays[row]) for row in rows])
+        return {"image": images, "prompt": [self.prompt(row, rng) if rng.random() >= dropout else "" for row in rows]}
+
+    def prompt(self, row: int, rng: np.random.Generator) -> str:
+        """Three of a scene's sentences."""
+        return " ".join(rng.permutation(self.prompts[row])[:3])
+
+
+def train(system, stage: str, batch, steps: int, lr: float, decay: float = 0.0) -> float:
+    """Train a stage with a cosine schedule; seconds."""
+    params = system.trainable(stage)
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=decay, fused=True)
+    start, total = time.monotonic(), 0.0
+    for step in range(steps):
+        torch.manual_seed(runtime.seed_of(stage, step))
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        losses = system(batch(step), stage, step)
+        losses["loss"].backward()
+        runtime.clip_gradients([*params.values()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += losses["loss"].item()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            colours = f"  colour {losses['colour'].item():.4f}" if "colour" in losses else ""
+            print(f"  {stage} {step + 1:5}  loss {total / (step % 100 + 1):.4f}{colours}", flush=True)
+            total = 0.0
+    return time.monotonic() - start
+
+
+def base_model(config: argparse.Namespace, wrong: Scenes, right: Scenes):
+    """The tiny Med-Art before its adapters: an autoencoder of both worlds, a denoiser of the wrong one."""
+    if config.base and (config.base / "system.json").is_file():
+        return systems.load(config.base)
+    torch.manual_seed(0)
+    system = systems.build("medart-tiny").to(memory_format=torch.channels_last)
+
+    def both(step: int) -> dict:
+        halves = [scenes.batch(12, "vae", step, i) for i, scenes in enumerate((wrong, right))]
+        return {"image": torch.cat([half["image"] for half in halves])}
+
+    train(system, "vae", both, config.vae_steps, 2e-3)
+    with torch.no_grad():
+        system.finish("vae", (both(step)["image"] for step in range(20)))
+    train(system, "base", lambda step: wrong.batch(32, "base", step, dropout=0.1), config.base_steps, 1e-3)
+    if config.base:
+        system.save(config.base)
+    return system
+
+
+@torch.no_grad()
+def draw(system, prompts: list[str], batch: int = 32) -> Tensor:
+    """uint8 images (N, S, S, 3), image i from noise of its own."""
+    system.eval()
+    drawn = []
+    for start in range(0, len(prompts), batch):
+        rows = range(start, min(start + batch, len(prompts)))
+        drawn.append(system.sample([prompts[row] for row in rows], runtime.ImageNoise(0, rows)))
+    return files.to_bytes(torch.cat(drawn))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(images=1500, vae_steps=250, base_steps=700, steps=120, batch=8, every=10, draws=256,
+                              threads=1).items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the adapters")
+    parser.add_argument("--weight", type=float, default=1.0, help="of the colour loss, on top of 1 / M")
+    parser.add_argument("--base", type=Path, help="folder of the base model")
+    parser.add_argument("--picture", type=Path, help="where to write samples of all models side by side")
+    config = parser.parse_args()
+    torch.set_num_threads(config.threads)
+    runtime.keep_memory()
+
+    wrong, right = Scenes(0, config.images, oversaturated), Scenes(0, config.images)
+    real = Scenes(HELD_OUT, 2 * config.draws)
+    rng = np.random.default_rng(0)
+    prompts = [real.prompt(row, rng) for row in range(config.draws)]
+    network = classifier.load(Path(__file__).parents[2] / "weights" / "msdm-tiny" / "classifier.safetensors")
+    with torch.no_grad():
+        features = toy_features(network, real.arrays)
+    colours = colour.measure(real.arrays)
+
+    rows = []
+
+    def judged(name: str, images: Tensor, seconds: float) -> None:
+        arrays = list(images.numpy())
+        with torch.no_grad():
+            frechet = frechet_distance(toy_features(network, arrays), features)
+        drift = colour.drift(colours, colour.measure(arrays))
+        rows.append((name, images, drift["hldf"], drift["saturation_w1"], frechet, seconds))
+        print(f"{name:28} colour {drift['hldf']:.5f}  saturation {drift['saturation_w1']:.4f}  frechet {frechet:.2f}")
+
+    base = base_model(config, wrong, right)
+    judged("base, colours wrong", draw(base, prompts), 0.0)
+    for name, every in (("fine-tuned", 0), (f"fine-tuned, HLDF N = {config.every}", config.every)):
+        system = copy.deepcopy(base)
+        system._settings["hldf_every"] = every
+        torch.manual_seed(1)
+        system.adapt("adapters", 8)
+        seconds = train(system, "adapters", lambda step: right.batch(config.batch, "tune", step), config.steps,
+                        config.lr, 1e-2)  # fmt: skip
+        system.fold()
+        judged(name, draw(system, prompts), seconds)
+    other = Scenes(HELD_OUT + 2 * config.draws, config.draws)
+    judged("other real images", torch.from_numpy(np.stack(other.arrays)), 0.0)
+
+    print(f"\n{'':28} {'colour':>9} {'saturation':>11} {'frechet':>9} {'seconds':>8}")
+    for name, _, distance, saturation, frechet, seconds in rows:
+        print(f"{name:28} {distance:9.5f} {saturation:11.4f} {frechet:9.2f} {seconds or '':>8.4}")
+    without, with_hldf = rows[1], rows[2]
+    print(f"\nHLDF takes {1 - with_hldf[2] / without[2]:.0%} off the colour distance; the Frechet distance goes from "
+          f"{without[4]:.2f} to {with_hldf[4]:.2f}")  # fmt: skip
+    if config.picture:
+        shown = [images[:12] for _, images, *_ in rows[:3]] + [torch.from_numpy(np.stack(real.arrays[:12]))]
+        grid = torch.cat([torch.cat(list(images), dim=1) for images in shown])  # one model a row
+        enlarged = grid.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        files.write_png(config.picture, enlarged)
+
+
+if __name__ == "__main__":
+    main()
