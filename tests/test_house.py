@@ -18,7 +18,9 @@ FLOORS = {  # a module imports from lower floors and from its own package; floor
         ["blocks", "diffusion", "samplers", "hldf", "lora", "lowrank", "weights", "runtime", "runs", "cache"], 1
     ),
     **dict.fromkeys(["text", "denoisers", "autoencoders", "data", "metrics"], 2),
-    **dict.fromkeys(["systems", "captions", "training"], 3),
+    **dict.fromkeys(["systems", "captions", "training", "imagesets", "toyworld"], 3),
+    **dict.fromkeys(["setups", "measuring"], 4),
+    **dict.fromkeys(["reporting"], 5),
 }
 SCRIPTS = ["train.py", "sample.py", "evaluate.py"]
 

@@ -1,0 +1,352 @@
+"""From sets of images to every number about them: what evaluate.py does between its command line and its files.
+
+`measure` decodes every image once, brings each through each network once, on all ranks, and then computes on one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanomed import imagesets, toyworld, weights
+from nanomed.data.table import DataError
+from nanomed.imagesets import ImageSet, Survey
+from nanomed.metrics import downstream, entries, extractors, memorisation, uncertainty, vit
+from nanomed.metrics.classifier import NAME as STAND_IN
+from nanomed.metrics.colour import Colours
+from nanomed.metrics.entries import Entries
+from nanomed.metrics.store import Extractor, Store
+
+METRICS = ("fid", "kid", "is", "pr", "dc", "kfd", "hfd", "memorisation", "colour", "faithfulness", "classify")
+USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
+OF_INCEPTION = {"fid", "kid", "is", "pr", "dc"}
+ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
+
+
+@dataclass
+class Sets:
+    """What is compared with what."""
+
+    reals: dict[str, ImageSet]
+    fake: ImageSet
+    train: ImageSet | None = None  # what the model was trained on, where it is known
+    held_out: bool = False  # whether the model has not seen the real images
+    toy_world: bool = False
+    usual: tuple[str, ...] = USUAL  # what is measured when nothing is asked for
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What was found."""
+
+    sets: Sets  # without the images that were skipped
+    runs: dict[str, Entries]  # what compares with each of the real sets
+    shared: Entries  # what does not depend on the real set
+    notes: list[str]  # what a reader should know of the images
+    colours: dict[str, Colours]  # of every set
+    nearest: memorisation.Memorisation | None = None
+
+    @property
+    def results(self) -> Entries:
+        """{metric: entry}; where there are several real sets, the metric's name says which."""
+        if len(self.runs) == 1:
+            return next(iter(self.runs.values())) | self.shared
+        of_sets = {f"{name} [{run}]": entry for run, found in self.runs.items() for name, entry in found.items()}
+        return of_sets | self.shared
+
+
+class Eyes:
+    """Looks at sets, once at each: what decoding shows, and what networks make of them. Collective: every rank does
+    the same in the same order."""
+
+    def __init__(self, settings, rank: int, world: int, barrier: Callable[[], None]):
+        self.cache, self.skip_bad = settings.cache, settings.skip_bad
+        self.rank, self.world, self.barrier = rank, world, barrier
+        self.store = Store(Path(settings.cache) / "features", rank, world, barrier)
+        self.notes: list[str] = []
+        self.seen: dict[tuple[str, ...], tuple[ImageSet, Survey]] = {}
+        self.read: dict[tuple, dict[str, Tensor]] = {}
+
+    def look(self, images: ImageSet) -> ImageSet:
+        """The set without its damaged images."""
+        if images.hashes not in self.seen:
+            survey = imagesets.survey(images, self.cache, self.rank, self.world, self.barrier)
+            whole, survey, lines = imagesets.sound(images, survey, self.skip_bad)
+            self.notes += [*lines, *imagesets.remarks(whole, survey)]
+            self.seen[images.hashes] = self.seen[whole.hashes] = whole, survey
+        return self.seen[images.hashes][0]
+
+    def survey(self, images: ImageSet) -> Survey:
+        return self.seen[images.hashes][1]
+
+    def features(self, extractor: Extractor, images: ImageSet) -> dict[str, Tensor]:
+        """{column: (N, ...)} of the whole images of a set, from the cache where it is there."""
+        if images.parts:
+            parts = [self.features(extractor, part) for part in images.parts]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        key = extractor.name, extractor.protocol, images.hashes
+        if key not in self.read:
+            with tqdm(total=len(images) // self.world, desc=f"{images.name}, {extractor.name}", unit="image",
+                      delay=2, leave=False, disable=self.rank > 0) as bar:  # fmt: skip
+
+                def image(row: int) -> np.ndarray:
+                    bar.update()
+                    return images.image(row)
+
+                self.read[key] = self.store.read(extractor, images.hashes, image, images.name)
+        return self.read[key]
+
+
+def measure(
+    sets: Sets,
+    asked: Sequence[str],
+    settings,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    barrier: Callable[[], None] = lambda: None,
+) -> Outcome | None:
+    """Every number that was asked for but those of `classify`, which trains; None on all ranks but the first. Called
+    where gradients are off.
+
+    asked      names among METRICS, refused by name where the images do not allow them; empty: `sets.usual`, as far as
+               the images allow
+    settings   evaluate.Config
+    """
+    eyes = Eyes(settings, rank, world, barrier)
+    fake = eyes.look(sets.fake)
+    reals = {name: eyes.look(real) for name, real in sets.reals.items()}
+    train = eyes.look(sets.train) if sets.train else None
+    sets = Sets(reals, fake, train, sets.held_out, sets.toy_world, sets.usual, list(sets.notes))
+    if train is not None and not sets.held_out:
+        sets.notes.append("the real images count as the training images, whose copies are looked for; else say --train")
+    notes = [*sets.notes, *eyes.notes]
+    wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes)]
+    networks = _networks(wanted, asked, sets.toy_world, settings, device, notes)
+    found = {
+        name: {images.hashes: eyes.features(network, images) for images in _who(name, sets, wanted)}
+        for name, network in networks.items()
+    }
+    notes += eyes.store.notes
+    if rank > 0:
+        return None
+
+    outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()})
+    if "memorisation" in wanted:
+        outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
+    if "faithfulness" in wanted:
+        outcome.shared |= _faithfulness(fake, asked)
+    for name, real in reals.items():
+        if not real.parts:
+            notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
+        outcome.colours[name] = eyes.survey(real).colours()
+        run = _distances(wanted, networks, found, real, fake, settings, device)
+        if "colour" in wanted:
+            columns = eyes.survey(real).columns, eyes.survey(fake).columns
+            run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
+        outcome.runs[name] = {metric: entry | {"real": real.digest} for metric, entry in run.items()}
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------------ what can be measured
+
+
+def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list[str]) -> bool:
+    """Whether the images allow a metric. Where not, an error if it was asked for by name."""
+    least = min(len(images) for images in (*sets.reals.values(), sets.fake))
+    reason = ""
+    if name in entries.LEAST or name in ("kfd", "hfd"):
+        need = entries.LEAST.get(name, 2)
+        if name == "is" and settings.protocol != ORGANISERS:
+            least = len(sets.fake)
+        if least < need:
+            reason = f"needs at least {need} images in each set, and the smallest has {least}"
+        if settings.protocol == ORGANISERS and name in ("kid", "pr", "dc"):
+            return False
+    elif name == "memorisation":
+        few = memorisation.FEWEST
+        if sets.train is None:
+            reason = "needs the training images: --train DIR"
+        elif len(sets.train) < few:
+            reason = f"needs at least {few} training images, and {sets.train.name} has {len(sets.train)}"
+        elif sets.held_out and sum(map(len, sets.reals.values())) < few:
+            reason = f"needs at least {few} held-out images"
+    elif name == "faithfulness":
+        if not sets.fake.prompts:
+            reason = f"needs the prompts of {sets.fake.name}: --prompts FILE, or the manifest.jsonl of sample.py"
+    elif name == "classify":
+        without = [images.name for images in (sets.fake, *sets.reals.values()) if not images.labels]
+        if without:
+            reason = f"needs the class of every image, and {without[0]} has none: class folders, or a column label"
+    if reason and name in asked:
+        raise DataError(f"--metrics {name} {reason}")
+    if reason and name in OF_INCEPTION:
+        notes.append(f"{name} is left out: it {reason}")
+    return not reason
+
+
+def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]) -> dict[str, Extractor]:
+    """The networks that the metrics need: "main" for those of Inception, "kfd", "hfd"."""
+    found: dict[str, Extractor] = {}
+    more = settings.weights, settings.batch, device
+    if OF_INCEPTION & set(wanted) or "memorisation" in wanted:
+        try:
+            if settings.protocol == ORGANISERS:
+                if OF_INCEPTION & set(wanted):
+                    found["main"] = extractors.organisers(settings.inception, *more)
+            else:
+                found["main"] = extractors.inception(settings.inception, settings.weights, settings.protocol, *more[1:])
+        except weights.WeightsNotFound as error:
+            stand_in = extractors.stand_in(*more) if toy_world and not settings.inception else None
+            if stand_in is not None and settings.protocol != ORGANISERS:
+                notes.append(f"{error}. Until then the toy world's own classifier stands in: good for comparing toy "
+                             f"models only, and no FID")  # fmt: skip
+                found["main"] = stand_in
+            elif OF_INCEPTION & set(wanted):
+                raise
+            else:
+                notes.append(f"memorisation in pixels only: {error}")
+    for name, repository in (("kfd", vit.KVASIR), ("hfd", vit.SKIN)):
+        if name in wanted:
+            found[name] = extractors.vit(repository, *more)
+    return found
+
+
+def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
+    """The sets that a network must look at."""
+    yield from (sets.fake, *sets.reals.values())
+    if network == "main" and "memorisation" in wanted and sets.train is not None:
+        yield sets.train
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+
+def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings, device) -> Entries:
+    """Everything that compares features of one real set with those of the generated images."""
+    results: Entries = {}
+    for key, label in (("kfd", "KFD"), ("hfd", "HFD")):
+        if key in networks:
+            results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
+    main = networks.get("main")
+    if main is None:
+        return results
+    of_real, of_fake = found["main"][real.hashes], found["main"][fake.hashes]
+    if settings.protocol == ORGANISERS:
+        p, q = of_real["probabilities"], of_fake["probabilities"]
+        theirs = entries.imageclef2024(p, q, main.network, settings.intervals, settings.seed)
+        return {name: e for name, e in theirs.items() if name[:3].strip().lower() in wanted} | results
+    sets = _measured(main, found["main"], real, fake, settings, device)
+    first: Entries = {}
+    if "fid" in wanted:
+        first |= sets.frechet("Frechet distance" if sets.prefix else "FID")
+    if "kid" in wanted and not (sets.prefix and "kid" not in settings.metrics):
+        first |= sets.kernel()
+    if "is" in wanted and "logits" in of_fake:
+        logits = of_real["logits"] if settings.intervals else None
+        first |= entries.inception_score(of_fake["logits"], logits, sets.protocol, main.network, len(real))
+    if "pr" in wanted:
+        first |= sets.precision_recall()
+    if "dc" in wanted:
+        first |= sets.density_coverage()
+    return first | results
+
+
+def _measured(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings, device) -> entries.Measured:
+    stand_in = network.name in STAND_IN.replace("-", " ")
+    protocol = network.name if stand_in else f"{network.name}, {network.protocol}"
+    features = [found[images.hashes]["features"].to(device) for images in (real, fake)]
+    prefix = f"{STAND_IN.split()[0]} " if stand_in else ""
+    return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed)
+
+
+def _memorisation(sets: Sets, eyes: Eyes, found, networks, settings) -> tuple[memorisation.Memorisation, Entries]:
+    """The nearest training image of every generated one, in small pixels and in features."""
+    held_out = imagesets.union("real", list(sets.reals.values())) if sets.held_out else None
+
+    def spaces(images: ImageSet) -> dict[str, Tensor]:
+        parts = images.parts or (images,)
+        seen = {"pixels": torch.cat([eyes.survey(eyes.look(part)).columns["small"].float() for part in parts])}
+        if "main" in found and settings.protocol != ORGANISERS:
+            seen["features"] = torch.cat([eyes.features(networks["main"], part)["features"] for part in parts])
+        return seen
+
+    result = memorisation.examine(spaces(sets.train), spaces(sets.fake), spaces(held_out) if held_out else None)
+    main = networks.get("main")
+    network = {"network": main.network} if main and settings.protocol != ORGANISERS else {}
+    about = {"n_real": len(sets.train), "n_fake": len(sets.fake), "train": sets.train.name} | network
+    copies = entries.share([row in set(result.flagged) for row in range(len(sets.fake))], "") | about
+    copies |= {"protocol": f"nearest training image, level {result.level:g}", "statistics": result.statistics()}
+    results: Entries = {"copies of training images": copies}
+    for name, space in result.spaces.items():
+        results[f"nearer than held-out, {name}"] = about | {
+            "value": space.nearer,
+            "protocol": "share of pairs, 0.5 is chance",
+            "p": space.p_set,
+        }
+    return result, results
+
+
+def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
+    images = (fake.image(row) for row in range(len(fake)))
+    judged = toyworld.faithfulness(images, [prompts[0] for prompts in fake.prompts])
+    if not judged and "faithfulness" in asked:
+        raise DataError(f"--metrics faithfulness: no prompt of {fake.name} is of the toy world's grammar")
+    return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
+
+
+def classify(sets: Sets, settings, device: torch.device | str = "cpu") -> Entries:
+    """Med-Art's Table 4: a classifier trained on generated images, and one on real ones, tested on real ones."""
+    tests = (
+        imagesets.union("real", list(sets.reals.values())) if len(sets.reals) > 1 else next(iter(sets.reals.values()))
+    )
+    rows = {"generated": sets.fake}
+    if sets.held_out and sets.train is not None and sets.train.labels:
+        rows["real"] = sets.train
+    classes = sorted({label for images in (tests, *rows.values()) for label in images.labels})
+    start = settings.classifier or vit.BACKBONE
+    start = start if start == "tiny" else weights.find(start, settings.weights or None)
+    results: Entries = {}
+    for name, images in rows.items():
+        result = downstream.run(
+            start,
+            (images.image(row) for row in range(len(images))),
+            [classes.index(label) for label in images.labels],
+            (tests.image(row) for row in range(len(tests))),
+            [classes.index(label) for label in tests.labels],
+            len(classes),
+            device=device,
+        )
+        truth = torch.tensor([classes.index(label) for label in tests.labels])
+        results |= _scores(name, truth, torch.from_numpy(result.probabilities), result, len(images), settings)
+    return results
+
+
+SCORES = {"f1_macro": "F1 macro", "f1_weighted": "F1 weighted", "balanced_accuracy": "balanced accuracy",
+          "auc_macro": "AUC macro", "auc_weighted": "AUC weighted"}  # fmt: skip
+
+
+def _scores(name: str, truth: Tensor, probabilities: Tensor, result, n_train: int, settings) -> Entries:
+    table = torch.cat([truth[:, None].double(), probabilities], 1)  # (N, 1 + classes)
+
+    def values(rows: Tensor) -> list[float]:
+        found = downstream.scores(rows[:, 0].long().numpy(), rows[:, 1:].numpy())
+        return [float("nan") if found[key] is None else found[key] for key in SCORES]
+
+    ends = [None] * len(SCORES)
+    if settings.intervals and len(table) >= 2 * entries.GROUPS:
+        ends = uncertainty.intervals(values, table, groups=entries.GROUPS, seed=settings.seed, support=(0.0, 1.0))
+    recipe = result.recipe
+    how = f"trained on {n_train:,} {name} images, AdamW {recipe.lr:g}, {recipe.epochs} epochs; tested on real"
+    found: Entries = {}
+    for (key, label), pair in zip(SCORES.items(), ends):
+        entry = {"value": result.scores[key], "protocol": how, "n_real": len(table), "n_fake": n_train}
+        if pair is not None and all(end == end for end in pair):
+            entry |= entries.interval(pair, entries.jackknife(entries.GROUPS))
+        found[f"classifier {label} [{name}]"] = entry
+    return found

@@ -1,0 +1,228 @@
+"""Features to entries of results.json: every value with its N, protocol, network, interval, floor and warning.
+
+An interval says where the value would land for other images of the same sources at this N; the floor is what two
+disjoint sets of real images give at the same N, so it is what a perfect generator would get.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanomed.metrics import clef, colour, scores, uncertainty
+from nanomed.metrics.table import SMALL
+
+GROUPS, KID_GROUPS = 10, 20  # of the jackknives
+SUBSETS, SUBSET = 100, 1000  # of KID
+SPLITS = 10  # of the Inception Score
+K, K_COVERAGE = 3, 5  # neighbours of precision and recall, of density and coverage
+LEAST = {"fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1}  # images that a metric needs
+
+Entries = dict[str, dict]
+
+
+class Measured:
+    """Two sets of features of one network under one protocol, and the entries that can be made of them.
+
+    real, fake   (N, D) on any device
+    protocol     as it is to be printed, such as "Inception pool3, tf"
+    network      fingerprint of the weights
+    prefix       before the names of the distances, where they are not the published network's
+    sure         with intervals and floors: about a dozen times the arithmetic
+    """
+
+    def __init__(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        protocol: str,
+        network: str,
+        prefix: str = "",
+        sure: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.real, self.fake, self.protocol, self.network = real, fake, protocol, network
+        self.prefix, self.sure, self.seed = prefix, sure, seed
+        self.n = min(len(real), len(fake))
+
+    def frechet(self, name: str = "FID") -> Entries:
+        """The Frechet distance."""
+        entry = self._entry(scores.frechet_distance(self.real, self.fake), biased=True)
+        if self.sure and self.n >= 2 * GROUPS:
+            ends = uncertainty.frechet_interval(self.real, self.fake, GROUPS, seed=self.seed)
+            entry |= interval(ends, jackknife(GROUPS))
+        return {self.prefix + name: entry | self._floor(scores.frechet_distance)}
+
+    def kernel(self) -> Entries:
+        """The kernel distance: mean and deviation over subsets, interval of the mean."""
+
+        def value(a: Tensor, b: Tensor) -> float:
+            return scores.kernel_distance(a, b, SUBSETS, SUBSET, self.seed)[0]
+
+        mean, deviation = scores.kernel_distance(self.real, self.fake, SUBSETS, SUBSET, self.seed)
+        size = min(SUBSET, self.n)
+        entry = self._entry(mean, f"{SUBSETS} subsets of {size:,}") | {"deviation": deviation}
+        if self.sure and self.n >= 2 * KID_GROUPS:
+            ends = uncertainty.kernel_interval(self.real, self.fake, KID_GROUPS, seed=self.seed)
+            entry |= interval(ends, jackknife(KID_GROUPS))
+        return {self.prefix + "KID": entry | self._floor(value)}
+
+    def precision_recall(self) -> Entries:
+        """Precision, recall and their harmonic mean."""
+
+        def values(a: Tensor, b: Tensor) -> Sequence[float]:
+            precision, recall = scores.precision_recall(a, b, K)
+            return precision, recall, scores.f1(precision, recall)
+
+        return self._several(("precision", "recall", "F1"), values, f"k = {K}", K, (0.0, 1.0))
+
+    def density_coverage(self) -> Entries:
+        """Density and coverage."""
+
+        def values(a: Tensor, b: Tensor) -> Sequence[float]:
+            return scores.density_coverage(a, b, K_COVERAGE)
+
+        found = self._several(("density", "coverage"), values, f"k = {K_COVERAGE}", K_COVERAGE, (0.0, float("inf")))
+        if ends := found["coverage"].get("interval"):  # a share, where density is none
+            ends["high"] = min(ends["high"], 1.0)
+        return found
+
+    def _several(self, names: Sequence[str], values: Callable, how: str, k: int, support: tuple) -> Entries:
+        entries = {name: self._entry(value, how) for name, value in zip(names, values(self.real, self.fake))}
+        if self.sure and self.n >= max(2 * GROUPS, 2 * k):
+            found = uncertainty.intervals(values, self.real, self.fake, groups=GROUPS, seed=self.seed, support=support)
+            for entry, ends in zip(entries.values(), found):
+                entry |= interval(ends, jackknife(GROUPS))
+        if self.sure and len(self.real) >= 2 * (k + 1):
+            floors, used = uncertainty.floor(values, self.real, self.n, self.seed)
+            for entry, value in zip(entries.values(), floors):
+                entry |= _floor(value, used)
+        return entries
+
+    def _entry(self, value: float, how: str = "", biased: bool = False) -> dict:
+        entry = {
+            "value": value,
+            "protocol": ", ".join(filter(None, (self.protocol, how))),
+            "n_real": len(self.real),
+            "n_fake": len(self.fake),
+            "network": self.network,
+        }
+        return entry | small(self.n, biased)
+
+    def _floor(self, statistic: Callable[[Tensor, Tensor], float]) -> dict:
+        if not self.sure or len(self.real) < 4:
+            return {}
+        return _floor(*uncertainty.floor(statistic, self.real, self.n, self.seed))
+
+
+def inception_score(logits: Tensor, of_real: Tensor | None, protocol: str, network: str, n_real: int) -> Entries:
+    """The Inception Score of logits (N, classes); its "floor" is the real images' own score at the same N, which is
+    rather a ceiling."""
+    splits = scores.split_scores(logits, SPLITS)
+    entry = {
+        "value": splits.mean().item(),
+        "deviation": splits.std(correction=0).item(),
+        "protocol": f"{protocol}, {SPLITS} splits",
+        "n_real": n_real,
+        "n_fake": len(logits),
+        "network": network,
+    }
+    entry |= interval(uncertainty.mean_interval(splits), f"Student's t over the {SPLITS} splits")
+    if of_real is not None and len(of_real) >= SPLITS:
+        own = of_real[: len(logits)]
+        value = scores.inception_score(own, SPLITS)[0]
+        entry["floor"] = {"value": value, "method": "the Inception Score of real images", "n": len(own)}
+    return {"IS": entry | small(len(logits))}
+
+
+def imageclef2024(real: Tensor, fake: Tensor, network: str, sure: bool = True, seed: int = 0) -> Entries:
+    """The organisers' numbers from class probabilities (N, 1000): FID in [0, 2], mean, deviation and median of the IS.
+
+    Images are taken in the order of the rows, which decides the groups of the IS.
+    """
+    entries: Entries = {}
+    about = {"protocol": "imageclef2024", "n_real": len(real), "n_fake": len(fake), "network": network}
+    n = min(len(real), len(fake))
+    fid = about | {"value": clef.frechet(real, fake)} | small(n, biased=True)
+    if sure and n >= 2 * GROUPS:
+        fid |= interval(uncertainty.interval(clef.frechet, real, fake, groups=GROUPS, seed=seed), jackknife(GROUPS))
+    if sure and len(real) >= 4:
+        fid |= _floor(*uncertainty.floor(clef.frechet, real, n, seed))
+    entries["FID"] = fid
+    if len(fake) >= clef.GROUPS:
+        mean, deviation, median = clef.inception_score(fake)
+        mine = about | {"protocol": f"imageclef2024, {clef.GROUPS} groups"} | small(len(fake))
+        ends = uncertainty.mean_interval(clef.group_scores(fake))
+        entries["IS"] = mine | {"value": mean} | interval(ends, f"Student's t over the {clef.GROUPS} groups")
+        entries["IS std"] = mine | {"value": deviation}
+        entries["IS med"] = mine | {"value": median}
+    return entries
+
+
+def share(answers: Sequence[bool], protocol: str) -> dict:
+    """The entry of a share of right answers, with Wilson's interval."""
+    n, p = len(answers), sum(answers) / len(answers)
+    z = 1.959964  # of the normal distribution, 95 %
+    centre, reach = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    ends = max((centre - reach) / (1 + z * z / n), 0.0), min((centre + reach) / (1 + z * z / n), 1.0)
+    entry = {"value": p, "protocol": protocol, "n_real": 0, "n_fake": n}
+    return entry | interval(ends, "Wilson's formula for a share")
+
+
+def small(n: int, biased: bool = False) -> dict:
+    """The flag of a value from fewer than 2,048 images."""
+    if n >= SMALL:
+        return {}
+    what = "biased upwards, compare at equal N and with the floor" if biased else "read it with its interval"
+    return {"flag": f"N = {n:,} is below {SMALL:,}: {what}"}
+
+
+def jackknife(groups: int) -> str:
+    return f"jackknife over {groups} groups of images"
+
+
+def interval(ends: tuple[float, float], method: str) -> dict:
+    return {"interval": {"low": ends[0], "high": ends[1], "level": 0.95, "method": method}}
+
+
+def _floor(value: float, used: int) -> dict:
+    return {"floor": {"value": value, "method": f"real against real, two disjoint sets of {used:,}", "n": used}}
+
+
+def colour_drift(real: Mapping[str, Tensor], fake: Mapping[str, Tensor], sure: bool = True, seed: int = 0) -> Entries:
+    """Distances of colours, from what `nanomed.metrics.colour.measure` says of every image: means and stds (N, 3) and
+    saturation (N, bins)."""
+
+    def rows(of: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([of["means"].double(), of["stds"].double(), of["saturation"].double()], 1)  # (N, 6 + bins)
+
+    def values(a: Tensor, b: Tensor) -> Sequence[float]:
+        sides = [
+            colour.Colours(x[:, :3].numpy(), x[:, 3:6].numpy(), np.zeros((3, 256)), x[:, 6:].mean(0).numpy())
+            for x in (a, b)
+        ]
+        drift = colour.drift(*sides)
+        return drift["mean_abs"], drift["std_abs"], drift["saturation_w1"], drift["hldf"]
+
+    a, b = rows(real), rows(fake)
+    named = (
+        ("colour mean distance", "grey levels, over channels"),
+        ("colour std distance", "grey levels, over channels"),
+        ("saturation distance", "Wasserstein-1, 0 to 1"),
+        ("HLDF colour distance", "Med-Art, eq. 4 between sets"),
+    )
+    n = min(len(a), len(b))
+    entries = {
+        name: {"value": value, "protocol": f"pixels, {how}", "n_real": len(a), "n_fake": len(b)}
+        for (name, how), value in zip(named, values(a, b))
+    }
+    if sure and n >= 2 * GROUPS:
+        found = uncertainty.intervals(values, a, b, groups=GROUPS, seed=seed)
+        for entry, ends in zip(entries.values(), found):
+            entry |= interval(ends, jackknife(GROUPS))
+    if sure and len(a) >= 4:
+        floors, used = uncertainty.floor(values, a, n, seed)
+        for entry, value in zip(entries.values(), floors):
+            entry |= _floor(value, used)
+    return entries

@@ -1,0 +1,77 @@
+"""The feature networks of evaluation, each under its protocol, ready for the store.
+
+inception   pool3 and logits of the FID network: FID, KID, IS, precision and recall, density and coverage
+organisers  its 1000 class probabilities under imageclef2024
+vit         class tokens of a published classifier: KFD, HFD
+stand_in    features of the toy world's classifier, where there is no Inception file
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanomed import weights
+from nanomed.metrics import classifier, clef, features
+from nanomed.metrics import inception as published
+from nanomed.metrics import vit as transformers
+from nanomed.metrics.store import Extractor
+
+Device = torch.device | str
+
+
+def inception(file: str, folder: str, protocol: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 2048), "logits": (N, 1008)}. Raises WeightsNotFound with the place where the file goes."""
+    network = published.load(file or None, folder or None)
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        found, logits = features.inception_features(network, images, protocol, batch)
+        return {"features": found, "logits": logits}
+
+    return Extractor("Inception pool3", protocol, fingerprint, columns)
+
+
+def organisers(file: str, folder: str, batch: int, device: Device) -> Extractor:
+    """{"probabilities": (N, 1000)} as imageclef2024 takes them. Raises WeightsNotFound."""
+    network = published.load(file or None, folder or None)
+    fingerprint = weights.fingerprint(network)
+    classify = clef.of_inception(network.to(device))
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"probabilities": clef.probabilities(classify, images, batch)}
+
+    return Extractor("Inception classes", "imageclef2024", fingerprint, columns)
+
+
+def vit(repository: str, folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 768)}: class tokens of a published ViT. Raises WeightsNotFound with the download command."""
+    network = transformers.load(weights.find(repository, folder or None))
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": transformers.classifier_features(network, images, batch)}
+
+    return Extractor(f"{repository.rsplit('/', 1)[-1]} class token", "224", fingerprint, columns)
+
+
+def stand_in(folder: str, batch: int, device: Device) -> Extractor | None:
+    """{"features": (N, 128)} of the classifier that ships with weights/msdm-tiny; None where it is not there."""
+    try:
+        file = weights.find("msdm-tiny", folder or None) / "classifier.safetensors"
+    except weights.WeightsNotFound:
+        return None
+    if not Path(file).is_file():
+        return None
+    network = classifier.load(file)
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.toy_features(network, images, batch)}
+
+    return Extractor("toy classifier", "64", fingerprint, columns)
