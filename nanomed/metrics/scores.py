@@ -89,14 +89,14 @@ def _factor(covariance: Tensor) -> Tensor:
 def _sum_of_singular_values(product: Tensor) -> Tensor:
     """tr (S_a S_b)^(1/2) is this sum for F_a^T F_b.
 
-    Square roots of the eigenvalues of P P^T are the singular values at a third of the price, but squaring blurs those
-    below 1e-7 of the largest by up to 1e-8 of it. Where so many are blurred that it could be seen, svdvals.
+    Square roots of the eigenvalues of P P^T are the singular values at a fraction of the price, but squaring blurs
+    those below 1e-8 of the largest by as much. Where so many are that their sum could be seen, svdvals.
     """
     if product.shape[0] > product.shape[1]:
         product = product.T
     values = torch.linalg.eigvalsh(product @ product.T).clamp(min=0)
-    blurred = (values < 1e-13 * values[-1]).sum()
-    if blurred * 1e-8 * values[-1].sqrt() > 1e-8 * values.sqrt().sum():
+    blurred = (values < 1e-16 * values[-1]).sum() * 1e-8 * values[-1].sqrt()
+    if blurred > 1e-7 * values.sqrt().sum():
         return torch.linalg.svdvals(product).sum()
     return values.sqrt().sum()
 
