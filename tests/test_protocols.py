@@ -28,8 +28,7 @@ def pictures(count: int, side: tuple[int, int], seed: int) -> list[np.ndarray]:
     return found
 
 
-@pytest.fixture(scope="module")
-def reference_network():
+def random_inception():
     """pytorch-fid's network with random weights and the batch statistics of some pictures.
 
     The statistics matter: with arbitrary ones the features of all images are alike to 1e-5, and every front end passes.
@@ -56,6 +55,11 @@ def reference_network():
     with torch.no_grad():
         network.train()(some)
     return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def reference_network():
+    return random_inception()
 
 
 @pytest.fixture(scope="module")
