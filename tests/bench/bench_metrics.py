@@ -23,7 +23,6 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets torchvision import beside a CPU build of torch)
-
 from test_protocols import pictures, random_inception  # noqa: E402
 
 from nanomed.metrics import inception, scores, uncertainty  # noqa: E402
