@@ -136,8 +136,11 @@ class Memorisation:
 
 
 def pixels(images: Iterable[np.ndarray], side: int = SIDE) -> Tensor:
-    """uint8 images (H, W, 3) of any sizes as small ones, float (N, 3, side, side) in 0 to 255, by area averages."""
-    small = [np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BOX)) for x in images]
+    """uint8 images (H, W, 3) of any sizes as small ones, float (N, 3, side, side) in 0 to 255.
+
+    The filter is symmetric, so that flipped copies stay copies; Pillow's BOX is not.
+    """
+    small = [np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR)) for x in images]
     if not small:
         return torch.empty(0, 3, side, side)
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float()
