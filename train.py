@@ -114,6 +114,7 @@ def main() -> int:
 
     for stage in run.state["stages"]:
         system.resume(stage, run.folder / "model")
+    system.to(device, memory_format=torch.channels_last)  # what was read too, or it would round otherwise
     for stage in [config.stage] if config.stage else system.stages:
         if stage in run.state["stages"]:
             continue
