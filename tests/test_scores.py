@@ -369,6 +369,25 @@ def test_several_numbers_share_their_evaluations_and_stay_in_their_range():
     assert single == found[1]
 
 
+@pytest.mark.parametrize("n, m, shift", [(80, 63, 0.2), (300, 200, 0.6), (90, 90, 0.0)])
+def test_neighbour_intervals_in_one_pass_are_those_of_evaluating_anew(n, m, shift, monkeypatch):
+    """Value and interval of all five numbers, against the general jackknife with the same groups, over many tiles."""
+    real, fake = sets(n, m, 5, shift)
+    monkeypatch.setattr(scores.tiles, "__defaults__", (False, 37))
+
+    def five(x, y):
+        precision, recall = scores.precision_recall(x, y)
+        return precision, recall, scores.f1(precision, recall), *scores.density_coverage(x, y)
+
+    expected = uncertainty.intervals(five, real, fake, groups=7, level=0.8, seed=4)
+    found = uncertainty.neighbour_intervals(real, fake, groups=7, level=0.8, seed=4)
+    assert list(found) == ["precision", "recall", "f1", "density", "coverage"]
+    for name, value, (low, high), (ours, ends) in zip(found, five(real, fake), expected, found.values()):
+        top = math.inf if name == "density" else 1.0
+        assert ours == pytest.approx(value, abs=1e-9)
+        assert ends == pytest.approx((low, min(high, top)), abs=1e-6), name
+
+
 def test_an_interval_for_a_mean_is_students():
     from scipy import stats
 

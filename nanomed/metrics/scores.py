@@ -213,22 +213,30 @@ def squared_distances(x: Tensor, y: Tensor, origin: Tensor) -> Tensor:
     return products.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def neighbour_radii(features: Tensor, k: int = 3, block: int = BLOCK) -> Tensor:
-    """Squared distance of every sample to its k-th nearest other one, (N,). Mirrored tiles are computed once."""
-    check(k + 1, features)
-    origin = features.mean(0)
-    nearest = torch.full((len(features), k + 1), math.inf, device=features.device)  # with itself, at distance 0
+def nearest(features: Tensor, count: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Squared distances (N, count) from every sample to the nearest ones, itself included, in rising order, and their
+    indices (N, count). Mirrored tiles are computed once."""
+    check(count, features)
+    n, origin = len(features), features.mean(0)
+    distances = torch.full((n, count), math.inf, device=features.device)
+    indices = torch.zeros(n, count, dtype=torch.long, device=features.device)
 
-    def offer(rows: slice, distances: Tensor) -> None:
-        best = distances.topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
-        nearest[rows] = torch.cat([nearest[rows], best], 1).topk(k + 1, dim=1, largest=False).values
+    def offer(rows: slice, tile: Tensor, first: int) -> None:
+        best, found = tile.topk(min(count, tile.shape[1]), dim=1, largest=False)
+        best, order = torch.cat([distances[rows], best], 1).topk(count, dim=1, largest=False)
+        distances[rows], indices[rows] = best, torch.cat([indices[rows], found + first], 1).gather(1, order)
 
-    for i, j in tiles(len(features), len(features), mirrored=True, block=block):
-        distances = squared_distances(features[i], features[j], origin)
-        offer(i, distances)
+    for i, j in tiles(n, n, mirrored=True, block=block):
+        tile = squared_distances(features[i], features[j], origin)
+        offer(i, tile, j.start)
         if i != j:
-            offer(j, distances.T.contiguous())
-    return nearest.amax(1)
+            offer(j, tile.T.contiguous(), i.start)
+    return distances, indices
+
+
+def neighbour_radii(features: Tensor, k: int = 3, block: int = BLOCK) -> Tensor:
+    """Squared distance of every sample to its k-th nearest other one, (N,)."""
+    return nearest(features, k + 1, block)[0][:, k]
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = BLOCK) -> tuple[float, float]:

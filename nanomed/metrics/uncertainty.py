@@ -143,6 +143,81 @@ def kernel_interval(a: Tensor, b: Tensor, groups: int = 20, level: float = 0.95,
     return around(mmd(everything), torch.tensor(replicates, dtype=torch.float64), level)
 
 
+def neighbour_intervals(
+    real: Tensor, fake: Tensor, k: int = 3, k_coverage: int = 5, groups: int = 10, level: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, Interval]]:
+    """Values and intervals of precision, recall, f1 (k), density and coverage (k_coverage): what `intervals` of
+    `scores.precision_recall` and `scores.density_coverage` gives, from one pass over all distances.
+
+    Every world is the images without one group; the last one is all of them. A ball's radius in each world is read off
+    its nearest neighbours, far more than k of them, and the few pairs within the largest radius are judged per world.
+    """
+    scores.check(max(2 * groups, k + 2, k_coverage + 2), real, fake)
+    generator = torch.Generator().manual_seed(seed)
+    labels = [_labels(groups_of(len(x), groups, generator), len(x)).to(x.device) for x in (real, fake)]
+    worlds = torch.arange(groups + 1, device=real.device)
+    lives = [label[:, None] != worlds for label in labels]  # (N, worlds)
+    radii, radii_coverage = _radii_per_world(real, labels[0], worlds, (k, k_coverage))
+    (radii_fake,) = _radii_per_world(fake, labels[1], worlds, (k,))
+    origin = real.mean(0)
+    counts = {name: torch.zeros(len(x), groups + 1, device=x.device) for name, x in
+              (("fake", fake), ("real", real), ("hits", fake), ("covered", real))}  # fmt: skip
+    for i, j in scores.tiles(len(fake), len(real)):
+        tile = scores.squared_distances(fake[i], real[j], origin)
+        row, _, inside = _inside(tile, radii[j], lives[1][i])
+        counts["fake"][i].index_add_(0, row, inside)
+        row, _, inside = _inside(tile.T, radii_fake[i], lives[0][j])
+        counts["real"][j].index_add_(0, row, inside)
+        row, column, inside = _inside(tile, radii_coverage[j], lives[1][i])
+        counts["hits"][i].index_add_(0, row, inside)
+        counts["covered"][j].index_add_(0, column, inside)
+    n_real, n_fake = (alive.sum(0).double() for alive in lives)
+    precision, recall = (counts["fake"] > 0).sum(0) / n_fake, (counts["real"] > 0).sum(0) / n_real
+    found = {
+        "precision": precision,
+        "recall": recall,
+        "f1": (2 * precision * recall / (precision + recall)).nan_to_num(nan=0.0),
+        "density": counts["hits"].double().sum(0) / (k_coverage * n_fake),
+        "coverage": (counts["covered"] > 0).sum(0) / n_real,
+    }
+    entries = {}
+    for name, values in found.items():
+        *replicates, value = values.tolist()
+        support = (0.0, math.inf if name == "density" else 1.0)
+        entries[name] = value, around(value, torch.tensor(replicates, dtype=torch.float64), level, support)
+    return entries
+
+
+def _labels(dealt: list[Tensor], n: int) -> Tensor:
+    label = torch.empty(n, dtype=torch.long)
+    for group, members in enumerate(dealt):
+        label[members] = group
+    return label
+
+
+def _radii_per_world(x: Tensor, label: Tensor, worlds: Tensor, ks: Sequence[int]) -> list[Tensor]:
+    """For each k the squared radii (N, worlds) of the balls to the k-th neighbour alive; -1 for a ball that is not.
+
+    Groups are dealt at random, so that of 4 (k + 1) neighbours more than 3 (k + 1) in one group of ten does not happen;
+    if it did, the ball would end at the farthest of them.
+    """
+    distances, indices = scores.nearest(x, min(4 * (max(ks) + 1), len(x)))
+    alive = label[indices][:, :, None] != worlds  # (N, neighbours, worlds)
+    rank = alive.cumsum(1)
+    found = []
+    for k in ks:
+        place = (rank < k + 1).sum(1).clamp(max=distances.shape[1] - 1)  # of the k-th, after the sample itself
+        found.append(distances.gather(1, place).masked_fill_(label[:, None] == worlds, -1.0))
+    return found
+
+
+def _inside(tile: Tensor, radii: Tensor, lives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which points lie in which balls in which world: rows and columns of the pairs that do in any, and (pairs, worlds)
+    of 0 and 1. tile (points, balls), radii (balls, worlds), lives (points, worlds)."""
+    row, column = (tile < radii.amax(1)).nonzero(as_tuple=True)
+    return row, column, ((tile[row, column, None] < radii[column]) & lives[row]).float()
+
+
 def mean_interval(parts: Tensor, level: float = 0.95) -> Interval:
     """An interval for the mean of independent parts, such as an Inception Score's splits: mean +- t sd / sqrt(n)."""
     n = len(parts)
