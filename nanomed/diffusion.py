@@ -7,12 +7,16 @@ which timesteps a sampler visits, and whether the estimate of x_0 is clamped. It
 `self_conditioned` are closures around a network; samplers (samplers.py) call the closure and know neither.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from nanomed.weights import WeightsError
 
 Cond = dict[str, Tensor]  # what a denoiser is conditioned on, batch first: denoiser(x, t, **cond)
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t, t int64 (B,)) -> the network's prediction
@@ -27,7 +31,10 @@ class Diffusion:
     spacing      the grid of `timesteps(steps)`: "msdm" | "linspace" | "leading" | "unclip"
     offset       added to the "leading" grid
     clip         clamp x_0 estimates to [-clip, clip]; 0 = never
-    threshold    dynamic thresholding quantile (Saharia et al. 2022), 0 = off; replaces the clamp
+    threshold    dynamic thresholding quantile (Saharia et al. 2022), 0 = off; replaces the clamp, and `clip` is then
+                 the most that it divides by
+    variance     of an ancestral step: "fixed_small" (the posterior's), "fixed_large" (beta), or "learned_range", where
+                 a second half of the channels says how far between the two (Nichol & Dhariwal 2021, eq. 15)
     final_alpha  abar after the last step: 1 (all systems but SD's PNDM, which keeps abar_0)
     """
 
@@ -39,6 +46,7 @@ class Diffusion:
     offset: int = 0
     clip: float = 0.0
     threshold: float = 0.0
+    variance: str = "fixed_small"
     final_alpha: float = 1.0
     length: int = 1000
     betas: Tensor = field(init=False, repr=False)  # (length,) float32
@@ -48,6 +56,43 @@ class Diffusion:
         self.betas = self._betas().float()  # rounded before the product, as every published scheduler does
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._on_device: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Diffusion":
+        """Read a published `scheduler_config.json`, or the one in a folder: of the DDPM, UnCLIP or DPM-Solver++ class.
+
+        Raises WeightsError where it is missing or asks for what is not known here.
+        """
+        path = Path(path)
+        path = path / "scheduler_config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing: it says which noise the weights beside it were trained with")
+        try:
+            stated = json.loads(path.read_text(encoding="utf-8"))
+            said = PUBLISHED[stated["_class_name"]] | stated
+        except (ValueError, TypeError, KeyError) as error:
+            raise WeightsError(
+                f"{path}: not one of {', '.join(PUBLISHED)} ({type(error).__name__}: {error})"
+            ) from error
+        for name, known in KNOWN.items():
+            if said.get(name, known[0]) not in known:
+                raise WeightsError(f"{path}: {name} = {said[name]!r} is not known here")
+        spacing = said["timestep_spacing"]
+        if spacing == "linspace" and said["_class_name"] != "DPMSolverMultistepScheduler":
+            spacing = "unclip"  # linspace there leaves out the clean end, here it ends at 0
+        limit = said["sample_max_value"] if said["thresholding"] else said["clip_sample"] and said["clip_sample_range"]
+        return cls(
+            said["beta_start"],
+            said["beta_end"],
+            said["beta_schedule"].removesuffix("_cap_v2"),
+            said["prediction_type"].removesuffix("_prediction"),
+            spacing,
+            said["steps_offset"],
+            clip=float(limit),
+            threshold=said["dynamic_thresholding_ratio"] if said["thresholding"] else 0.0,
+            variance=(said["variance_type"] or "fixed_small").removesuffix("_log"),
+            length=said["num_train_timesteps"],
+        )
 
     def _betas(self) -> Tensor:
         if self.schedule == "linear":
@@ -131,11 +176,44 @@ class Diffusion:
         return snr.clamp(max=gamma) / divide
 
 
-def guided(denoiser: Callable[..., Tensor], cond: Cond, null: Cond, scale: float) -> Callable[..., Tensor]:
+# What a scheduler's file means where it is silent, by its class.
+_DDPM = dict(
+    num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon",
+    timestep_spacing="leading", steps_offset=0, clip_sample=True, clip_sample_range=1.0, thresholding=False,
+    dynamic_thresholding_ratio=0.995, sample_max_value=1.0, variance_type="fixed_small",
+)  # fmt: skip
+PUBLISHED = {
+    "DDPMScheduler": _DDPM,
+    "UnCLIPScheduler": _DDPM | dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="linspace"),
+    "DPMSolverMultistepScheduler": _DDPM | dict(clip_sample=False, timestep_spacing="linspace", variance_type=None),
+}
+KNOWN: dict[str, tuple] = {  # settings and their values that carry over; the first is what silence means
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "linspace"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range", None),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, None),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    **dict.fromkeys(["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+                     "use_flow_sigmas"], (False, None)),
+    "final_sigmas_type": ("zero",),
+}  # fmt: skip
+
+
+def guided(
+    denoiser: Callable[..., Tensor], cond: Cond, null: Cond, scale: float, channels: int | None = None
+) -> Callable[..., Tensor]:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale (cond - null), on the scale where 1 means none.
 
     Papers that write (1 + g) cond - g null count from 0: their g is scale - 1. The two branches share one call of the
     network, null first. Keyword arguments of the closure go to both branches.
+
+    channels   how many of the first channels are guided; the others (a learned variance) are those of `cond`
     """
     if scale == 1:
         return lambda x, t, **extra: denoiser(x, t, **cond, **extra)
@@ -145,7 +223,8 @@ def guided(denoiser: Callable[..., Tensor], cond: Cond, null: Cond, scale: float
         doubled = {name: torch.cat([value, value]) for name, value in extra.items()}
         out = denoiser(torch.cat([x, x]), torch.cat([t, t]), **both, **doubled)
         without, with_prompt = out.chunk(2)
-        return torch.lerp(without, with_prompt, scale)
+        mixed = torch.lerp(without[:, :channels], with_prompt[:, :channels], scale)
+        return mixed if channels is None else torch.cat([mixed, with_prompt[:, channels:]], dim=1)
 
     return denoise
 

@@ -101,6 +101,20 @@ class Run:
         run.update(status="running")
         return run
 
+    def begin_with(self, start: str | Path, stage: str, adapters: list[str]) -> None:
+        """Take over the parts that another run has trained, but for the adapters (their folders) of the stage to come:
+        that one is trained anew, on the same weights as there."""
+        if not is_run(start):
+            raise runtime.UsageError(f"--start {start}: not a run folder")
+        done = _read(Path(start) / "state.json")["stages"]
+        if self.rank == 0:
+            shutil.copytree(model_folder(start), self.folder / "model")
+            for file in [file for name in adapters for file in (self.folder / "model" / name).glob("adapter_*")]:
+                file.unlink()
+        runtime.barrier()
+        below = [stage] if stage in done else []
+        self.update(start=str(start), below=below, stages=[other for other in done if other != stage])
+
     # ------------------------------------------------------------------------------------------------- progress
 
     def update(self, **values) -> None:

@@ -78,15 +78,21 @@ def unclip(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise:
 
 
 def _ancestral(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise: Noise, betas: Tensor) -> Tensor:
-    """x <- posterior mean of (x_0, x) + posterior deviation * noise, with one beta (steps,) for each step."""
+    """x <- posterior mean of (x_0, x) + deviation * noise, with one beta (steps,) for each step."""
     grid = diffusion.timesteps(steps)
     abar = torch.tensor(_alphas(diffusion, grid))  # float32, as the references compute their coefficients
     a, b = abar[:-1], abar[1:]
     of_x0 = (b.sqrt() * betas / (1 - a)).tolist()
     of_x = ((1 - betas).sqrt() * (1 - b) / (1 - a)).tolist()
-    deviation = ((1 - b) / (1 - a) * betas).clamp(min=1e-20).sqrt().tolist()
+    smallest = ((1 - b) / (1 - a) * betas).clamp(min=1e-20)
+    deviation = (betas if diffusion.variance == "fixed_large" else smallest).sqrt().tolist()
+    low, high = smallest.log().tolist(), betas.log().tolist()
     for i, t in enumerate(grid):
-        x0, _ = diffusion.estimates(denoise(x, _at(t, x)), x, t)
+        prediction = denoise(x, _at(t, x))
+        if diffusion.variance == "learned_range":
+            prediction, between = prediction.chunk(2, dim=1)  # in [-1, 1], nominally
+            deviation[i] = (0.5 * (low[i] + (high[i] - low[i]) * (between + 1) / 2)).exp()
+        x0, _ = diffusion.estimates(prediction, x, t)
         x = of_x0[i] * x0 + of_x[i] * x
         if t > 0:
             x = x + deviation[i] * noise.randn(*x.shape[1:])

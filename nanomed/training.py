@@ -50,7 +50,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
 
 
 def _cached_images(config, system, part, encode, table, augment, rank, world, device):
-    looks = views(config.views)
+    looks = views(config.views, flips=system.dropout > 0)
 
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
@@ -61,9 +61,10 @@ def _cached_images(config, system, part, encode, table, augment, rank, world, de
         return encode(torch.stack([to_unit(array) for array in each]).to(device))
 
     key = {
-        "fields": f"{part} of images", "weights": weights.fingerprint(system.get_submodule(part)),
+        "fields": f"{part} of images", "weights": [weights.fingerprint(system.get_submodule(p)) for p in part.split()],
         "images": [[row.file.name, files.sha256(row.file)] for row in table.rows],
-        "size": system.size, "views": config.views, "augment": augment, "jitter": system.jitter, "seed": config.seed,
+        "size": system.size, "views": config.views, "augment": augment, "jitter": system.jitter, "pad": system.pad,
+        "seed": config.seed,
     }  # fmt: skip
     return cached(config.cache, key, len(table.rows) * len(looks), make, 32, rank, world, runtime.barrier)
 
@@ -100,7 +101,7 @@ class Judge:
     def __init__(self, config, system, stage, run, valid: Table, rank: int, world: int, device: torch.device):
         self.config, self.system, self.stage, self.run = config, system, stage, run
         self.valid, self.rank, self.world, self.device = valid, rank, world, device
-        self.draws = system.uses_text(stage)
+        self.draws = system.draws(stage)
         self.distance, self.measure = None, "validation loss"
         if self.draws and config.score_images:
             from nanomed.metrics.features import frechet_to
@@ -141,7 +142,8 @@ class Judge:
     def _loss(self) -> float:
         """The training loss on held-out samples at fixed noise and timesteps, the ranks sharing the batches."""
         batch = min(self.config.batch, 32)
-        held_out = Batches(self.valid.rows, self.system.size, batch, seed=0, pairs=self.draws, augment=False)
+        pairs = self.system.uses_text(self.stage)
+        held_out = Batches(self.valid.rows, self.system.size, batch, seed=0, pairs=pairs, augment=False)
         total = count = 0
         for i in range(min(8, -(-len(held_out.items) // batch)))[self.rank :: self.world]:
             torch.manual_seed(runtime.seed_of("validation", i))

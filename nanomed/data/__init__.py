@@ -11,9 +11,9 @@ skin:DIR          Med-Art's eight skin lesion classes, in folders
 from pathlib import Path
 
 from nanomed.data.captioned import with_captions
-from nanomed.data.table import DataError, Row, Table, with_paraphrases
+from nanomed.data.table import DataError, Row, Table, padded, with_paraphrases
 
-__all__ = ["DataError", "Row", "Table", "load", "with_captions", "with_paraphrases"]
+__all__ = ["DataError", "Row", "Table", "load", "padded", "with_captions", "with_paraphrases"]
 
 TOY_IMAGES = 2000
 

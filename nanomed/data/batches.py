@@ -29,16 +29,17 @@ class View:
     flip: tuple[bool, bool] = (False, False)
 
 
-def views(count: int) -> list[View]:
+def views(count: int, flips: bool = True) -> list[View]:
     """The views a cache holds: `count` crops as they are, then one for each of the four flips, which serve samples
     whose prompt is dropped (only then is an image flipped: "upper-left" must stay true)."""
-    return [View(i) for i in range(count)] + [View(count + i, flip) for i, flip in enumerate(FLIPS)]
+    return [View(i) for i in range(count)] + [View(count + i, flip) for i, flip in enumerate(FLIPS) if flips]
 
 
 def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bool = True) -> np.ndarray:
     """A row's image as uint8 (size, size, 3). `augment` is the paper's training transform (random square crop and,
     with `jitter`, of colours too, seeded by the file's name and the view), else the centre crop."""
     image = images.open_rgb(row.file)
+    image = images.padded(image) if row.pad else image
     if augment:
         rng = np.random.default_rng(runtime.seed_of("view", seed, row.file.name, view.number))
         array = images.msdm_train(image, size, rng) if jitter else np.asarray(images.random_square(image, size, rng))
@@ -82,7 +83,7 @@ class Batches:
     ):
         self.rows, self.size, self.batch, self.seed, self.rank, self.world = rows, size, batch, seed, rank, world
         self.dropout, self.augment, self.columns, self.texts, self.replace = dropout, augment, columns, texts, replace
-        self.views, self.join, self.jitter = views(view_count), join, jitter
+        self.views, self.join, self.jitter = views(view_count, flips=dropout > 0), join, jitter
         self.view_count = view_count
         if pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]

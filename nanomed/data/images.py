@@ -135,6 +135,14 @@ def msdm_valid(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(_square(image, left, top, size))
 
 
+def padded(image: Image.Image) -> Image.Image:
+    """The image in the middle of a black square: the transform of the MMCP team's Kandinsky scripts."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Random crop of the shorter side, resize: Med-Art's transform."""
     side = min(image.size)

@@ -23,6 +23,7 @@ class Row:
     paraphrases: tuple[str, ...] = ()  # one for each prompt, or none at all
     label: str = ""  # the class, where the data set has classes
     group: str = ""  # images that a split keeps together, such as those of one lesion; empty: the image alone
+    pad: bool = False  # whether the image gets a black border that makes it square, before all else
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Table:
         train = tuple(row for row in self.rows if row.file not in held_out)
         valid = tuple(row for row in self.rows if row.file in held_out)
         return Table(self.name, train), Table(self.name, valid)
+
+
+def padded(table: Table) -> Table:
+    """The table with all images padded to squares."""
+    return replace(table, rows=tuple(replace(row, pad=True) for row in table.rows))
 
 
 def with_paraphrases(table: Table, path: str | Path, strategy: str) -> Table:

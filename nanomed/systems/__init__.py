@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
     from nanomed.systems.base import System
 
-FILES = {"msdm": "msdm", "msdm-tiny": "msdm", "pixart": "pixart", "medart": "medart", "medart-skin": "medart",
-         "medart-tiny": "medart"}  # fmt: skip  # preset -> file in this folder
-PUBLISHED = ("pixart",)  # presets that `load` also reads as they were published
+FILES = {  # preset -> file in this folder
+    "msdm": "msdm", "msdm-tiny": "msdm", "pixart": "pixart", "medart": "medart", "medart-skin": "medart",
+    "medart-tiny": "medart", "kandinsky2": "kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny",
+}  # fmt: skip
+PUBLISHED = ("pixart", "kandinsky2")  # presets that `load` also reads as they were published
 
 
 def _file(preset: str) -> ModuleType:

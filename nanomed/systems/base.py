@@ -18,6 +18,7 @@ class System(nn.Module):
     size      the side of its images in pixels
     dropout   the share of training prompts replaced by ""
     jitter    whether the random crops that it trains on have their colours changed, too
+    pad       whether images that are not square get a black border, in place of being cropped
     adapters  part -> the layers of it that an adapter takes hold of (lora.py's `targets`)
     in_order  whether a stage builds on what the ones before it have trained
     base      the published repository that the weights below its adapters come from, if they do
@@ -27,6 +28,7 @@ class System(nn.Module):
     size: int
     dropout: float = 0.0
     jitter: bool = True
+    pad: bool = False
     adapters: dict[str, tuple[str, ...]] = {}
     in_order: bool = True
     base: str = ""
@@ -52,8 +54,12 @@ class System(nn.Module):
         return {}
 
     def uses_text(self, stage: str) -> bool:
-        """Whether a stage trains on (image, prompt) pairs and can be sampled; an autoencoder's sees images alone."""
+        """Whether a stage trains on (image, prompt) pairs; an autoencoder's sees images alone."""
         return stage != "vae"
+
+    def draws(self, stage: str) -> bool:
+        """Whether images can be drawn in a stage; else what it does is shown by `reconstruct`."""
+        return self.uses_text(stage)
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
@@ -128,9 +134,10 @@ class System(nn.Module):
             if parts and part not in parts:
                 continue
             stem, adapter = self.saved_parts().get(part), folder / self.adapter_folder(part)
-            if stem and ((folder / part).is_dir() or not adapter.is_dir()):
+            adapted = part in self.adapters and (adapter / "adapter_config.json").is_file()
+            if stem and ((folder / part / f"{stem}.safetensors").is_file() or not adapted):
                 weights.load(module, weights.read(folder / part, stem=stem, dtype=dtype))
-            if part in self.adapters and adapter.is_dir():
+            if adapted:
                 lora.load_peft(adapter, module)
 
 
