@@ -15,6 +15,7 @@ in 0.93 to 0.99 for counts of neighbours and for equal distributions, where the 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from scipy.stats import t as student
@@ -23,6 +24,7 @@ from torch import Tensor
 from nanomed.metrics import scores
 
 Interval = tuple[float, float]
+T = TypeVar("T")  # what a statistic gives: a number or several
 
 
 def groups_of(n: int, groups: int, generator: torch.Generator) -> list[Tensor]:
@@ -227,7 +229,7 @@ def mean_interval(parts: Tensor, level: float = 0.95) -> Interval:
     return parts.mean().item() - reach, parts.mean().item() + reach
 
 
-def floor(statistic: Callable[[Tensor, Tensor], float], real: Tensor, n: int, seed: int = 0) -> tuple[float, int]:
+def floor(statistic: Callable[[Tensor, Tensor], T], real: Tensor, n: int, seed: int = 0) -> tuple[T, int]:
     """What `statistic` gives between two disjoint random sets of n real images: the least that a perfect generator can
     be expected to reach at this N. (value, n used): n is reduced to half of the real images where they are too few.
     """

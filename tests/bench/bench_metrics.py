@@ -179,7 +179,9 @@ def sure(n: int, width: int) -> None:
         ("its interval, 10 groups", lambda: uncertainty.frechet_interval(a, b)),
         ("its floor", lambda: uncertainty.floor(scores.frechet_distance, a, n)),
         ("KID's interval, 20 groups", lambda: uncertainty.kernel_interval(a, b)),
-        ("P and R, 10 groups", lambda: uncertainty.intervals(scores.precision_recall, a, b, support=(0.0, 1.0))),
+        ("precision and recall", lambda: scores.precision_recall(a, b)),
+        ("their intervals, evaluated anew", lambda: uncertainty.intervals(scores.precision_recall, a, b)),
+        ("P, R, F1, D, C and intervals", lambda: uncertainty.neighbour_intervals(a, b)),
     ):
         start = time.perf_counter()
         value = call()
