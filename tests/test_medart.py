@@ -7,7 +7,10 @@ Oracles: the published adapters' tensors (manifests), peft on the saved folders,
 
 import gc
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import manifests
 import numpy as np
@@ -407,3 +410,91 @@ def test_flags_of_med_art_are_refused_elsewhere(monkeypatch):
 def test_parts_are_plain_attributes_with_published_names():
     assert [name for name, part in published().named_children()] == ["transformer", "text_encoder", "vae"]
     assert isinstance(published().vae, nn.Module)
+
+
+# ---------------------------------------------------------------------------------------- T5 in pieces, and elsewhere
+
+WORKER = """
+import sys
+
+import conftest
+import torch
+from nanomed import runtime
+from test_medart import PROMPTS, small
+
+rank, world, device = runtime.init()
+system = small()
+if world > 1:
+    system.shard(device)
+    system.trainable("adapters")
+whole = sum(param.numel() for param in small().text_encoder.parameters())
+held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in system.text_encoder.parameters())
+assert world == 1 or held < 0.75 * whole, (held, whole)  # adapters are whole in both
+images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+params = [p for p in system.parameters() if p.requires_grad]
+for row in [rank] if world > 1 else [0, 1]:  # each process has one of the images
+    torch.manual_seed(row)
+    loss = system({"image": images[row : row + 1], "prompt": PROMPTS[row : row + 1]}, "adapters", 0)["loss"]
+    (loss / (1 if world > 1 else 2)).backward()
+runtime.average_gradients(params)
+found = torch.cat([p.grad.flatten() for p in params])
+system.eval()
+with torch.no_grad():
+    for _ in range(1 + rank):  # unevenly many
+        drawn = system.sample(PROMPTS, runtime.ImageNoise(0, range(2)), steps=2)
+system.trainable("adapters")  # in pieces again
+system({"image": images[:1], "prompt": PROMPTS[:1]}, "adapters", 1)["loss"].backward()
+if rank == 0:
+    torch.save({"gradient": found, "drawn": drawn}, sys.argv[1])
+if world > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_that_share_t5_get_the_gradients_of_one(tmp_path):
+    """FSDP2 over gloo: noise loss and HLDF, adapters of both parts; 1e-5 relative. Then an uneven drawing."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    results = []
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
+        words = [sys.executable, *launch, str(tmp_path / "worker.py"), str(tmp_path / f"{count}.pt")]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(torch.load(tmp_path / f"{count}.pt", weights_only=True))
+    one, two = (result["gradient"] for result in results)
+    assert ((one - two).norm() / one.norm()).item() < 1e-5
+    close(results[1]["drawn"], results[0]["drawn"], 1e-5)
+
+
+def test_a_run_of_two_processes_that_share_t5(tmp_path):
+    """train.py from the base model on; both ways of holding T5 train the same adapters to 1e-5."""
+    common = [*FLAGS, "--cache", str(tmp_path / "cache"), "--batch", "1", "--steps", "2", "--save_every", "2"]
+    models = []
+    for name, more in (("whole", []), ("shared", ["--shard"])):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        words = [sys.executable, *launch, "train.py", *common, "--out", str(tmp_path / name), *more]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        models.append(runs.newest(tmp_path / name) / "model")
+    for part in ("transformer_lora", "text_encoder_lora"):
+        whole, shared = (load_file(model / part / "adapter_model.safetensors") for model in models)
+        assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key)
+        for key in whole:
+            close(shared[key], whole[key], 1e-5)
+
+
+def test_a_frozen_t5_may_work_on_another_device():
+    """States come out where the transformer is. (The meta device stands for the CPU of a machine with a GPU.)"""
+    system = small(text_adapter="none")
+    expected = system.states(PROMPTS)
+    system.offload("text_encoder")
+    assert next(system.text_encoder.parameters()).device.type == "cpu"
+    close(system.states(PROMPTS)["prompt_embeds"], expected["prompt_embeds"], 0)
+    system.text_encoder.to("meta")
+    system.transformer.to("meta")
+    system.text_encoder.trimmed = lambda ids, mask: torch.zeros(*ids.shape, 16)
+    system.text_encoder.to_empty(device="cpu")
+    assert system.states(PROMPTS)["prompt_embeds"].device.type == "meta"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanomed import hldf, lora
 from nanomed.data import grammar
+from nanomed.diffusion import Cond
 from nanomed.runtime import UsageError
 from nanomed.systems import pixart
 from nanomed.systems.pixart import PixArt
@@ -91,6 +92,7 @@ class MedArt(PixArt):
         if not self.base:
             self.stages = {"vae": ("vae",), "base": ("transformer", "text_encoder")} | self.stages
         self.colour: Tensor | None = None  # the last colour loss, for the log
+        self.pieces: list = []  # of T5, where `shard` has cut it
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -141,6 +143,47 @@ class MedArt(PixArt):
         for part in self.stages[stage]:
             mine = self.text_adapter or kind if part == "text_encoder" else kind
             lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
+
+    def states(self, prompts: list[str]) -> Cond:
+        device = next(self.transformer.parameters()).device
+        return {name: tensor.to(device) for name, tensor in super().states(prompts).items()}  # T5 may be elsewhere
+
+    # --------------------------------------------------------------------------------------- T5-XXL on small cards
+
+    def offload(self, part: str) -> None:
+        """A frozen part whose results for all the data are on disk works on the CPU from now on, for the few that are
+        still asked for: prompts of images that are drawn."""
+        self.get_submodule(part).cpu()
+
+    def shard(self, device: torch.device) -> None:
+        """Leave each process a share of T5's frozen weights (FSDP2): a block is put together when it is used, forward
+        and backward. Its adapters stay whole, and with them gradients, optimizer and files are as they always are."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        whole = set(lora.parameters(self.text_encoder)) if lora.adapted(self.text_encoder) else set()
+        for module in (*self.text_encoder.encoder.block, self.text_encoder):
+            self.pieces.append(fully_shard(module, mesh=mesh, ignored_params=whole))
+
+    def eval(self) -> "MedArt":
+        """Evaluation mode. T5 is whole in every process then: those that share out images need not draw equally many,
+        and none waits for another."""
+        for piece in self.pieces:
+            piece.set_reshard_after_forward(False, recurse=False)
+            piece.unshard()
+        return super().eval()
+
+    def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
+        params = super().trainable(stage)
+        for piece in self.pieces:
+            piece.set_reshard_after_forward(True, recurse=False)
+            piece.reshard()
+        return params
+
+    def fold(self) -> None:
+        if not self.pieces:  # a weight that is in pieces takes no adapter in
+            super().fold()
 
     # --------------------------------------------------------------------------------- a base model from nothing
 

@@ -121,7 +121,6 @@ def main() -> None:
                               threads=1).items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the adapters")
-    parser.add_argument("--weight", type=float, default=1.0, help="of the colour loss, on top of 1 / M")
     parser.add_argument("--base", type=Path, help="folder of the base model")
     parser.add_argument("--picture", type=Path, help="where to write samples of all models side by side")
     config = parser.parse_args()
@@ -151,7 +150,7 @@ def main() -> None:
     judged("base, colours wrong", draw(base, prompts), 0.0)
     for name, every in (("fine-tuned", 0), (f"fine-tuned, HLDF N = {config.every}", config.every)):
         system = copy.deepcopy(base)
-        system._settings["hldf_every"] = every
+        system._settings |= dict(hldf_every=every, hldf_keep=8)  # memory is no matter here
         torch.manual_seed(1)
         system.adapt("adapters", 8)
         seconds = train(system, "adapters", lambda step: right.batch(config.batch, "tune", step), config.steps,
