@@ -60,7 +60,7 @@ def run(
     recipe: Recipe | None = None,
     device: torch.device | str = "cpu",
 ) -> Result:
-    """Train on the first images, test on the second; the same bits for the same arguments on the same machine.
+    """Train on the first images, test on the second; on a CPU the same arguments give the same bits.
 
     start     "tiny", a small ViT from scratch at 64 x 64 pixels, or the folder of a published ViT
     images    uint8 (H, W, 3) of any sizes, read once; the training images are held resized

@@ -9,8 +9,8 @@ log(u / s) of the k held-out images below u, the smallest 10 %, a sample with th
 
     p = (k + 1) / (m + 1) * (1 + x / (x_1 + .. + x_k))^-k
 
-which is exact under that law, k unknown dimensions and all: the excess over a sum of k is beta prime. Above u it is the
-conformal (1 + held-out images as near) / (m + 1). An exact copy has s = 0 and p = 0.
+which is exact under that law although D is not known: an exponential over the sum of k others is beta prime, whatever
+their rate. Above u it is the conformal (1 + held-out images as near) / (m + 1). An exact copy has s = 0 and p = 0.
 
 Benjamini and Hochberg's rule over all samples and spaces flags copies with half of the `level`. The other half goes to
 one question about the whole set, asked by a one-sided Mann-Whitney test (Meehan et al. 2020): are samples nearer to the
@@ -32,7 +32,7 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-SIDE = 16  # of the small pixels: a blur that changes a 64th of the width is gone in them
+SIDE = 16  # of the small pixels: a blur by a 64th of the width is all but gone in them
 TAIL, MOST = 0.1, 100  # the held-out images that the tail is fitted to: their share, at most so many
 FEWEST = 20  # held-out images, below which nothing can be said
 YARDSTICK, SHARE = 1000, 0.05  # relative to the distance of 5 % of so many training images
@@ -51,9 +51,7 @@ class Space:
     reference_relative: np.ndarray  # (m,)
     p: np.ndarray  # (K,) of each sample on its own
     dimension: float  # D of the held-out images' tail; inf where they are all equally near
-    nearer: (
-        float  # chance that a sample is (relatively) nearer to the training images than a held-out image; 0.5: equal
-    )
+    nearer: float  # share of pairs in which the sample is relatively nearer than the held-out image; 0.5 is chance
     p_set: float  # of that, one-sided
     leaked: int  # held-out images that are copies of training images, which say nothing about chance
 
@@ -284,4 +282,4 @@ def _squared(x: Tensor, y: Tensor, squares: Tensor) -> Tensor:
 def _rows(x: Tensor, centre: Tensor) -> Tensor:
     """Images or features as centred rows (N, D); images such that a distance is a root mean square over pixels."""
     scale = centre.numel() ** -0.5 if x.ndim == 4 else 1.0
-    return ((x.float() - centre) * scale).flatten(1)
+    return (x.float() - centre).mul_(scale).flatten(1)
