@@ -6,7 +6,7 @@ taken in float64. Nothing here calls `sqrtm`: traces of square roots are sums of
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -49,18 +49,24 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     2017, eq. 6). Any N >= 2, singular covariances included; with few samples the estimate is biased upwards.
     """
     check(2, a, b)
+    if min(len(a), len(b)) > a.shape[1]:
+        return frechet_from_moments(*moments(a), *moments(b))
     (mean_a, factor_a), (mean_b, factor_b) = _mean_and_factor(a), _mean_and_factor(b)
-    return _frechet(mean_a, factor_a, mean_b, factor_b)
+    product = factor_a.T @ factor_b
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    common = _sum_of_singular_values(product @ product.T, lambda: product)
+    within = factor_a.square().sum() + factor_b.square().sum() - 2 * common
+    return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """The same from means (D,) and covariances (D, D)."""
-    return _frechet(mean_a.double(), _factor(cov_a.double()), mean_b.double(), _factor(cov_b.double()))
-
-
-def _frechet(mean_a: Tensor, factor_a: Tensor, mean_b: Tensor, factor_b: Tensor) -> float:
-    within = factor_a.square().sum() + factor_b.square().sum() - 2 * _sum_of_singular_values(factor_a.T @ factor_b)
-    return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
+    cov_a, cov_b = cov_a.double(), cov_b.double()
+    factor = _factor(cov_a)
+    common = _sum_of_singular_values(_congruence(factor, cov_b), lambda: factor.T @ _factor(cov_b))
+    within = cov_a.trace() + cov_b.trace() - 2 * common
+    return max(((mean_a.double() - mean_b.double()).square().sum() + within).item(), 0.0)
 
 
 def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,26 +84,35 @@ def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """F with F F^T = S: Cholesky's, or of the eigenvectors where S is singular."""
+    """A lower-triangular F with F F^T = S: Cholesky's, or from the eigenvectors where S is singular."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         values, vectors = torch.linalg.eigh(covariance)
-        factor = vectors * values.clamp(min=0).sqrt()
+        factor = torch.linalg.qr((vectors * values.clamp(min=0).sqrt()).T, mode="r").R.T
     return factor
 
 
-def _sum_of_singular_values(product: Tensor) -> Tensor:
-    """tr (S_a S_b)^(1/2) is this sum for F_a^T F_b.
+def _congruence(factor: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
+    """F^T S F of a lower-triangular F, on and below the diagonal, which is all that eigvalsh reads: a third of the
+    multiplications of the two products."""
+    right, out = torch.empty_like(covariance), torch.zeros_like(covariance)
+    for i in range(0, len(factor), block):
+        right[:, i : i + block] = covariance[:, i:] @ factor[i:, i : i + block]
+    for i in range(0, len(factor), block):
+        out[i : i + block, : i + block] = factor[i:, i : i + block].T @ right[i:, : i + block]
+    return out
+
+
+def _sum_of_singular_values(gram: Tensor, product: Callable[[], Tensor]) -> Tensor:
+    """tr (S_a S_b)^(1/2) is this sum for P = F_a^T F_b, given P P^T (or the like from F_a and S_b).
 
     Square roots of the eigenvalues of P P^T are the singular values at a fraction of the price, but squaring blurs
-    those below 1e-8 of the largest by as much. Where so many are that their sum could be seen, svdvals.
+    those below 1e-8 of the largest by as much. Where so many are that their sum could be seen, svdvals of P.
     """
-    if product.shape[0] > product.shape[1]:
-        product = product.T
-    values = torch.linalg.eigvalsh(product @ product.T).clamp(min=0)
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
     blurred = (values < 1e-16 * values[-1]).sum() * 1e-8 * values[-1].sqrt()
     if blurred > 1e-7 * values.sqrt().sum():
-        return torch.linalg.svdvals(product).sum()
+        return torch.linalg.svdvals(product()).sum()
     return values.sqrt().sum()
 
 
