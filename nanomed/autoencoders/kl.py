@@ -36,6 +36,9 @@ class KLConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))  # JSON knows lists alone
+
     @classmethod
     def from_json(cls, path: str | Path) -> "KLConfig":
         """Read a published `config.json`, or the one in a folder. What it leaves unsaid is the default."""

@@ -166,7 +166,7 @@ class PixArt(System):
     def latents(self, batch: dict) -> Tensor:
         """x_0: a fresh draw of the images' posterior in every step."""
         moments = batch["moments"] if "moments" in batch else self.image_moments(batch["image"])["moments"]
-        return self.vae.latents(moments, torch.randn_like(moments.chunk(2, 1)[0]))
+        return self.vae.latents(moments, torch.randn(moments.chunk(2, 1)[0].shape, device=moments.device))
 
     def text(self, batch: dict) -> Cond:
         """The states of a batch's prompts, cached or computed."""
@@ -177,7 +177,7 @@ class PixArt(System):
     def noise_loss(self, x0: Tensor, text: Cond) -> Tensor:
         """Of latents x_0 (B, 4, H, W), with text as `states` gives it (eq. 3 of Med-Art)."""
         t = torch.randint(self.diffusion.length, (len(x0),), device=x0.device)
-        noise = torch.randn_like(x0)
+        noise = torch.randn(x0.shape, device=x0.device)
         cond = self.read(text, *(side * self.vae.factor for side in x0.shape[2:]))
         predict = self.noise_of(partial(self.transformer, **cond))
         prediction = predict(self.diffusion.noised(x0, t, noise), t)
