@@ -13,6 +13,7 @@ the meta device, the file is memory-mapped, and its tensors become the parameter
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ TOLERATED = ("*position_ids", "*num_batches_tracked", "*inv_freq")  # tables tha
 CHUNK = 256 << 20  # bytes of a file that are mapped at a time while its tensors are converted
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # of the checkout
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C")
 
 
 class WeightsError(ValueError):
@@ -137,6 +139,43 @@ def read(
     if not tensors:
         raise WeightsError(f"{path}: no tensor" + (f" has a name that begins with {prefix!r}" if prefix else ""))
     return tensors
+
+
+def configured(
+    cls: type[C], path: str | Path, what: str, unsaid: Mapping | None = None, inside: str = "", **more: object
+) -> C:
+    """The dataclass that a published `config.json` describes, given the file or its folder.
+
+    what     which network it must be of, for messages: "a T5"
+    unsaid   what the format means where it is silent, as far as that is not the default of `cls`
+    inside   name of the nested part to read where there is one, such as "text_config" of a whole CLIP
+    more     fields that the file says in another way
+
+    Raises WeightsError where it is missing, damaged, or does not fit.
+    """
+    stated = settings(path, what)
+    names = {field.name for field in dataclasses.fields(cls)}
+    try:
+        stated = stated.get(inside, stated)
+        said = {name: value for name, value in stated.items() if name in names and value is not None}
+        return cls(**{**(unsaid or {}), **said, **more})
+    except (ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path}: not the configuration of {what} ({error})") from error
+
+
+def settings(path: str | Path, what: str) -> dict:
+    """What a published `config.json` says, given the file or its folder. Raises WeightsError."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: it says which network the weights beside it are, {what} here")
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stated, dict):
+            raise ValueError("no table of names and values")
+    except ValueError as error:
+        raise WeightsError(f"{path}: not the configuration of {what} ({error})") from error
+    return stated
 
 
 def read_pickle(path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -10,9 +10,8 @@ what the classifier itself reads. Names are those of the published checkpoints.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,23 +48,16 @@ class VitConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> "VitConfig":
         """Read a published `config.json`, or that of a folder. Raises WeightsError."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing: it says which ViT the weights beside it are")
+        stated = weights.settings(path, "a ViT")
         try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
             if stated.get("model_type", "vit") != "vit":
                 raise ValueError(f"model_type {stated['model_type']!r}")
-            names = {field.name for field in fields(cls)} - {"labels"}
-            shape = {name: value for name, value in stated.items() if name in names and value is not None}
             named = {int(number): str(label) for number, label in stated.get("id2label", {}).items()}
             if sorted(named) != list(range(len(named))):
                 raise ValueError("id2label does not count from 0")
         except (ValueError, AttributeError, TypeError) as error:
             raise WeightsError(f"{path}: not the configuration of a ViT ({error})") from error
-        return cls(**shape, labels=tuple(named[number] for number in range(len(named))))
+        return weights.configured(cls, path, "a ViT", labels=tuple(named[number] for number in range(len(named))))
 
 
 class PatchEmbeddings(nn.Module):

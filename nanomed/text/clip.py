@@ -5,9 +5,8 @@ trains from scratch. The tables (positions, causal mask) are computed where they
 built on the meta device and filled from a file.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed.weights import WeightsError
+from nanomed import weights
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,7 @@ class ClipTextConfig:
     def from_json(cls, path: str | Path) -> "ClipTextConfig":
         """Read a published `config.json`: that of a text model, or of a whole CLIP with its `text_config`."""
         unstated = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, projection_dim=512)
-        return cls(**published_config(cls, path, "text_config", unstated))
-
-
-def published_config(cls: type, path: str | Path, half: str, unstated: dict) -> dict:
-    """What a `config.json` says about the fields of `cls`; `half` names the nested part of a whole CLIP.
-
-    `unstated` is what the format means where it is silent, as far as that is not the default of `cls`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: it says which CLIP the weights beside it are")
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        stated = whole.get(half, whole)
-        names = {field.name for field in fields(cls)}
-        return unstated | {name: value for name, value in stated.items() if name in names and value is not None}
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{path}: not the configuration of a CLIP ({error})") from error
+        return weights.configured(cls, path, "a CLIP", unstated, "text_config")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -102,7 +82,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int, inner: int, act: str, eps: float):
         super().__init__()
         if act not in ACTIVATIONS:
-            raise WeightsError(f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise weights.WeightsError(f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}")
         self.self_attn = Attention(width, heads)
         self.layer_norm1 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, inner, ACTIVATIONS[act])

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanomed.text.clip import Encoder, initialise, published_config
+from nanomed import weights
+from nanomed.text.clip import Encoder, initialise
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,7 +39,7 @@ class ClipVisionConfig:
         """Read a published `config.json`: that of an image tower, or of a whole CLIP with its `vision_config`."""
         unstated = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                         patch_size=32, projection_dim=512)  # fmt: skip
-        return cls(**published_config(cls, path, "vision_config", unstated))
+        return weights.configured(cls, path, "a CLIP", unstated, "vision_config")
 
 
 class VisionEmbeddings(nn.Module):

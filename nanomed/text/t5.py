@@ -10,10 +10,9 @@ device and filled from a file:
     states = encoder.trimmed(ids, mask)  # the same at text and zero at padding, in less time
 """
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,18 +42,8 @@ class T5Config:
     @classmethod
     def from_json(cls, path: str | Path) -> "T5Config":
         """Read a published `config.json`, or the one in a folder. What it leaves unsaid is that of t5-small."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing: it says which T5 the weights beside it are")
         unsaid = dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu")
-        try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-            names = {field.name for field in fields(cls)}
-            return cls(**unsaid | {name: stated[name] for name in names & stated.keys() if stated[name] is not None})
-        except (ValueError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{path}: not the configuration of a T5 ({error})") from error
+        return weights.configured(cls, path, "a T5", unsaid)
 
 
 def gelu(x: Tensor) -> Tensor:
