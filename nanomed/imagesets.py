@@ -5,6 +5,7 @@ train.py takes it (clef:DIR, kvasir:DIR, toy:N, ...), or by "toy", fresh scenes 
 decoded once, whole, before a network sees any: damage is found by name, and the colours are measured on the way.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from nanomed import data, files
 from nanomed.cache import cached
-from nanomed.data import images, toy
+from nanomed.data import toy
+from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb, squash
 from nanomed.data.table import DataError, column, read_csv
-from nanomed.metrics.colour import Colours, measure
-from nanomed.metrics.memorisation import SIDE as SMALL
-from nanomed.metrics.memorisation import pixels
+from nanomed.metrics import colour, memorisation
+from nanomed.metrics.colour import Colours
 from nanomed.metrics.table import one_line
 
-KINDS = ("damaged", "colour", "greyscale", "transparency", "16 bit or float", "CMYK or another mode")
+KINDS = ("damaged", "in colour", "greyscale", "transparent", "16 bit or float", "CMYK or of another mode")
 LOSSY = ("JPEG", "WEBP")
 FRESH = 10_000_000  # first of the toy scenes that evaluations draw; models train on scenes from 0 upwards
 
@@ -57,8 +58,8 @@ class ImageSet:
         source = self.sources[row]
         if isinstance(source, int):
             return toy.render(toy.scene(source), self.side)
-        opened = images.open_rgb(source)
-        return images.squash(opened, self.side) if self.side else np.asarray(opened)
+        opened = open_rgb(source)
+        return squash(opened, self.side) if self.side else np.asarray(opened)
 
     def title(self, row: int) -> str:
         """The file's name, with its class folder where it lies in one."""
@@ -85,14 +86,14 @@ def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", s
     root = Path(spec).expanduser()
     if not root.is_dir():
         raise DataError(f"{spec}: no such folder")
-    found, labels = images.listing(root, "*"), ()
+    found, labels = listing(root, "*"), ()
     if not found and (root / "images").is_dir():
-        found = images.listing(root / "images", "*")
+        found = listing(root / "images", "*")
     if not found:
-        found = images.listing(root, "*/*")
+        found = listing(root, "*/*")
         labels = tuple(path.parent.name for path in found)
     if not found:
-        raise DataError(f"{root}: no images ({', '.join(images.SUFFIXES)}), in it, in images/ or in class folders")
+        raise DataError(f"{root}: no images ({', '.join(SUFFIXES)}), in it, in images/ or in class folders")
     stop = limit or len(found)
     return hashed(ImageSet(name or spec, tuple(found[:stop]), labels=labels[:stop], side=side))
 
@@ -217,20 +218,28 @@ def survey(
             seen = list(pool.map(lambda row: _look(images, row), rows))
         return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
 
-    key = ["survey 1", list(images.hashes)]
+    key = ["survey", _version(), list(images.hashes)]
     columns = cached(Path(cache) / "survey", key, len(images), make, 64, rank, world, barrier)
     return Survey({name: torch.cat([shard[name] for shard in columns.shards]) for name in columns.shards[0]})
+
+
+@functools.cache
+def _version() -> str:
+    """Changes when the code that looks does."""
+    folder = Path(__file__).parent
+    makers = ("imagesets.py", "data/images.py", "metrics/colour.py", "metrics/memorisation.py")
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in makers)).hexdigest()[:16]
 
 
 def _look(images: ImageSet, row: int) -> dict[str, Tensor]:
     try:
         image = images.image(row)
         kind, lossy, size = _kind(images.sources[row], image)
-        colours, small = measure([image]), pixels([image])[0]
+        colours, small = colour.measure([image]), memorisation.pixels([image])[0]
     except ValueError:  # a DataError, or an image of one pixel
         kind, lossy, size = 0, False, (0, 0)
         colours = Colours(np.zeros((1, 3)), np.zeros((1, 3)), np.zeros((3, 256)), np.zeros(64))
-        small = torch.zeros(3, SMALL, SMALL)
+        small = torch.zeros(3, memorisation.SIDE, memorisation.SIDE)
     return {
         "kind": torch.tensor(kind, dtype=torch.uint8),
         "lossy": torch.tensor(lossy),
@@ -246,16 +255,16 @@ def _look(images: ImageSet, row: int) -> dict[str, Tensor]:
 def _kind(source: Path | int, image: np.ndarray) -> tuple[int, bool, tuple[int, int]]:
     if isinstance(source, int):
         return 1, False, image.shape[1::-1]
-    with Image.open(source, formats=images.FORMATS) as opened:  # the header alone; the pixels were read before
+    with Image.open(source, formats=FORMATS) as opened:  # the header alone; the pixels were read before
         mode, form, size, transparent = opened.mode, opened.format, opened.size, "transparency" in opened.info
     if mode.startswith("I") or mode == "F":
         kind = KINDS.index("16 bit or float")
     elif transparent or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        kind = KINDS.index("transparency")
+        kind = KINDS.index("transparent")
     elif mode in ("1", "L") or (image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all():
         kind = KINDS.index("greyscale")
     else:
-        kind = KINDS.index("colour" if mode in ("RGB", "P") else "CMYK or another mode")
+        kind = KINDS.index("in colour" if mode in ("RGB", "P") else "CMYK or of another mode")
     return kind, form in LOSSY, size
 
 
@@ -291,15 +300,15 @@ def remarks(images: ImageSet, found: Survey) -> list[str]:
     for number, kind in enumerate(KINDS[2:], 2):
         if rows := [row for row, seen in enumerate(kinds) if seen == number]:
             names = one_line(images.title(row) for row in rows)
-            done = {"transparency": "composited over black", "16 bit or float": "scaled to 8 bit"}
+            done = {"transparent": "composited over black", "16 bit or float": "scaled to 8 bit"}
             lines.append(f"{images.name}: {_of(len(rows), images)} {_are(rows)} {kind}, "
                          f"{done.get(kind, 'measured as RGB')}: {names}")  # fmt: skip
     sizes = Counter(map(tuple, found.columns["size"].tolist()))
     if len(sizes) > 1:
         (width, height), most = sizes.most_common(1)[0]
         odd = [row for row, size in enumerate(found.columns["size"].tolist()) if tuple(size) != (width, height)]
-        lines.append(f"{images.name}: {len(sizes)} sizes, {most:,} images of {width} x {height} and {len(odd):,} "
-                     f"others: {one_line(images.title(row) for row in odd)}")  # fmt: skip
+        lines.append(f"{images.name}: {len(sizes)} sizes, {most:,} images of {width} x {height} and {len(odd):,} of "
+                     f"another: {one_line(images.title(row) for row in odd)}")  # fmt: skip
     lossy = found.columns["lossy"].tolist()
     if 0 < sum(lossy) < len(lossy):
         few = sum(lossy) * 2 <= len(lossy)

@@ -342,7 +342,8 @@ def _scores(name: str, truth: Tensor, probabilities: Tensor, result, n_train: in
     if settings.intervals and len(table) >= 2 * entries.GROUPS:
         ends = uncertainty.intervals(values, table, groups=entries.GROUPS, seed=settings.seed, support=(0.0, 1.0))
     recipe = result.recipe
-    how = f"trained on {n_train:,} {name} images, AdamW {recipe.lr:g}, {recipe.epochs} epochs; tested on real"
+    start = Path(settings.classifier or vit.BACKBONE).name
+    how = f"{start} trained on {n_train:,} {name} images, AdamW {recipe.lr:g}, {recipe.epochs} epochs; tested on real"
     found: Entries = {}
     for (key, label), pair in zip(SCORES.items(), ends):
         entry = {"value": result.scores[key], "protocol": how, "n_real": len(table), "n_fake": n_train}

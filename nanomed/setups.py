@@ -2,6 +2,7 @@
 
 mmcp     MSDM (Chaichuk & Tutubalina 2024): 2,000 rows drawn without replacement from all pairs of prompt and image, so
          that prompts are as frequent as they are; against all images, those of training included, squashed to 256
+         x 256; MSDM's own images were each stretched to their full range
 medart   Med-Art: 80/20 split of every class; as many images as there are test images, from captions of random training
          images, one an image; against the test images
 """
@@ -30,6 +31,7 @@ class Setup:
     prompts: tuple[str, ...]  # row i is to be drawn as image i
     labels: tuple[str, ...]  # of the prompts; empty where the data has no classes
     metrics: str  # what the paper reports
+    drawing: str  # flags of sample.py that the paper's images were drawn with
     note: str  # in words, with the numbers
 
     def write(self, path: Path) -> None:
@@ -73,7 +75,7 @@ def _mmcp(table: data.Table, spec: str, seed: int) -> Setup:
         f"mmcp: {len(chosen):,} rows of {len(pairs):,} pairs, against all {len(real):,} images squashed to {SIDE} x "
         f"{SIDE}, training images included"
     )
-    return Setup("mmcp", real, real, tuple(chosen), (), "fid,pr,colour,memorisation", note)
+    return Setup("mmcp", real, real, tuple(chosen), (), "fid,pr,colour,memorisation", " --minmax", note)
 
 
 def _medart(table: data.Table, spec: str, seed: int) -> Setup:
@@ -89,4 +91,4 @@ def _medart(table: data.Table, spec: str, seed: int) -> Setup:
     own = {"kvasir": ",kfd", "skin": ",hfd", "ham10000": ",hfd"}.get(table.name, "")
     return Setup("medart", of_table(test, f"{spec} (test)"), of_table(train, f"{spec} (training)"),
                  tuple(draw.choice(row.prompts) for row in rows), labels, f"fid,kid,is{own},colour,memorisation",
-                 note)  # fmt: skip
+                 "", note)  # fmt: skip

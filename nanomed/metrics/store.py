@@ -1,10 +1,11 @@
 """Features of images, computed once: every metric of a network reads the same pass, a second evaluation makes none.
 
 What a network makes of a set of images is kept on disk under the hashes of the images, the fingerprint of the network
-and the protocol. Any other image, weight or resize is another entry, so nothing goes stale; an entry whose checksum
-does not hold is never read, but computed again and named. Under torchrun the ranks share the images.
+and the protocol. Any other image, weight, resize or line of code is another entry, so nothing goes stale; an entry
+whose checksum does not hold is never read, but computed again and named. Under torchrun the ranks share the images.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter, deque
@@ -56,7 +57,7 @@ class Store:
         image    row -> uint8 (H, W, 3); called on threads, and only for what is not in the cache
         name     what a message calls this set
         """
-        key = [extractor.name, extractor.protocol, extractor.network, list(hashes)]
+        key = [extractor.name, extractor.protocol, extractor.network, _version(), list(hashes)]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         folder = self.folder / f"{_slug(extractor.name)}-{_slug(extractor.protocol)}-{digest[:16]}"
         there = {int(path.stem): path for path in folder.glob("*/*.safetensors")}
@@ -86,6 +87,14 @@ def ahead(image: Callable[[int], np.ndarray], rows: Sequence[int], most: int = 6
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@functools.cache
+def _version() -> str:
+    """Changes when the code between pixels and features does, so that no cache outlives a correction."""
+    folder = Path(__file__).parent
+    makers = ("features", "inception", "clef", "vit", "classifier")
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in makers)).hexdigest()[:16]
 
 
 def _slug(text: str) -> str:

@@ -57,7 +57,9 @@ def columns(runs: Mapping[str, Results], bold: bool = False, mark: bool = True, 
     The best of every column is marked, in bold where the terminal can (`bold`), else by a star: among values of one
     protocol, one network and the same real images. With `mark` off none is.
     """
-    label, blocks = max(map(len, runs), default=0), [[]]
+    if not ordered(runs):
+        return ""
+    label, blocks = max(map(len, runs)), [[]]
     for name in ordered(runs):
         used = label + sum(2 + _width(other) for other in blocks[-1])
         if blocks[-1] and used + 2 + _width(name) > width:
