@@ -1,8 +1,10 @@
 """Protocols: from the same pixels and the same network, the features and distances of the library each is named after.
 
-The network has random weights and random batch statistics, so nothing is downloaded. Images have structure (gradients
+The network has random weights and batch statistics, so nothing is downloaded. Images have structure (gradients
 and blobs) and several sizes, smaller and larger than 299, because that is where the front ends differ.
 """
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,9 +59,16 @@ def random_inception():
     return network.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def reference_network():
-    return random_inception()
+PUBLISHED = Path(__file__).parents[1] / "weights" / "inception" / inception.FILE
+
+
+@pytest.fixture(scope="module", params=["random"] + ["published"] * PUBLISHED.is_file())
+def reference_network(request):
+    """Random weights always; where the published file is there, everything again with it."""
+    network = random_inception()
+    if request.param == "published":
+        network.load_state_dict(torch.load(PUBLISHED, weights_only=True))
+    return network
 
 
 @pytest.fixture(scope="module")

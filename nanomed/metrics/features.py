@@ -26,20 +26,12 @@ SIDE = 299
 
 
 def tf1_resize(images: Tensor, side: int) -> Tensor:
-    """Bilinear as TensorFlow 1 did it: output pixel i samples input i * in / out, with no half-pixel shift."""
+    """Bilinear as TensorFlow 1 did it: output pixel i samples input i * in / out, with no half-pixel shift.
 
-    def taps(length: int) -> tuple[Tensor, Tensor, Tensor]:
-        at = torch.arange(side, dtype=torch.float32, device=images.device) * (length / side)
-        low = at.floor().long()
-        return low, (low + 1).clamp(max=length - 1), at - low
-
-    y0, y1, wy = taps(images.shape[2])
-    x0, x1, wx = taps(images.shape[3])
-    wy = wy[:, None]
-    top, bottom = images[:, :, y0], images[:, :, y1]
-    top = top[..., x0] + (top[..., x1] - top[..., x0]) * wx
-    bottom = bottom[..., x0] + (bottom[..., x1] - bottom[..., x0]) * wx
-    return top + (bottom - top) * wy
+    Aligned corners give i * (in' - 1) / (out' - 1): that grid, once both sides have one pixel more.
+    """
+    padded = F.pad(images, (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(padded, (side + 1, side + 1), mode="bilinear", align_corners=True)[:, :, :side, :side]
 
 
 def _tf(images: Tensor) -> Tensor:
