@@ -57,6 +57,7 @@ def main() -> None:
         return compare(config)
     asked = chosen(config)
     rank, world, device = runtime.init()
+    exactly()
     sets = find_sets(config)
     if sets is None:  # the prompts of a paper's set-up were asked for, and are written
         return
@@ -71,6 +72,13 @@ def main() -> None:
     if "classify" in asked:
         outcome.shared |= measuring.classify(outcome.sets, config, device)
     publish(outcome, config)
+
+
+def exactly() -> None:
+    """Full float32 products on a GPU, where training takes fewer bits: numbers are compared to a thousandth."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def gathered(words: list[str]) -> list[str]:
@@ -227,9 +235,11 @@ def of_run(fake: Path, real: list[Path], config) -> dict[str, str]:
         else imagesets.of_files(real, "held out")
     )
     sets = measuring.Sets({held_out.name: held_out}, drawn, toy_world=toy_world)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exactly()
     with torch.inference_mode():
         try:
-            outcome = measuring.measure(sets, (), settings)
+            outcome = measuring.measure(sets, (), settings, device=device)
         except weights.WeightsNotFound as error:  # a run of weeks does not end in an error for want of a metric's file
             sets.usual, sets.notes = ("colour",), [str(error)]
             outcome = measuring.measure(sets, (), settings)
