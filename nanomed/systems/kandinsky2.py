@@ -14,17 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from nanomed import lora, runtime, samplers
+from nanomed import files, lora, runtime, samplers
 from nanomed.denoisers.kandinsky2 import shortest
 from nanomed.diffusion import Cond, Diffusion, guided
 from nanomed.samplers import Noise
 from nanomed.systems import kandinsky2_parts
 from nanomed.systems.base import System, read_config
 from nanomed.systems.kandinsky2_parts import DECODER, PARTS, PRIOR
-from nanomed.text.clip_vision import MEAN, STD
+from nanomed.text.clip_vision import preprocess
 from nanomed.text.tokenizers import ClipTokenizer
 
 PRESETS = {"kandinsky2": dict(size=256)}
@@ -93,11 +93,10 @@ class Kandinsky2(System):
         return {"text_states": states.last[rows], "text_embeds": states.embeds[rows], "text_mask": mask[rows]}
 
     def embed(self, images: Tensor) -> Tensor:
-        """CLIP image embeddings (B, E) of square images (B, 3, S, S) in [-1, 1], enlarged or reduced to CLIP's size."""
+        """CLIP image embeddings (B, E) of images (B, 3, H, W) in [-1, 1], preprocessed as CLIP has them."""
         side = self.image_encoder.config.image_size
-        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-        return self.image_encoder(((images - mean) / std).to(self.image_encoder.visual_projection.weight.dtype))
+        seen = [preprocess(Image.fromarray(array), side) for array in files.to_bytes(images / 2 + 0.5).numpy()]
+        return self.image_encoder(torch.stack(seen).to(self.image_encoder.visual_projection.weight))
 
     def no_image(self) -> Tensor:
         """The embedding (1, E) that stands for no condition: that of zeros behind CLIP's normalisation, a grey."""

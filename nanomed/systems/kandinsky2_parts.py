@@ -7,6 +7,7 @@ kandinsky-2-2-decoder/   unet/ movq/ scheduler/
 import json
 from collections.abc import Callable
 from inspect import signature
+from mmap import mmap
 from pathlib import Path
 
 import torch
@@ -90,10 +91,16 @@ def _settings(path: Path, make: Callable, known: dict) -> dict:
 
 
 def zeros(dtype: torch.dtype) -> Parts:
-    """The published shapes without a file, their weights zeros that take no memory until they are used."""
+    """The published shapes without a file, their weights zeros that take no memory until they are written to: pages
+    of the system that nobody has touched."""
+    width = torch.empty((), dtype=dtype).element_size()
+
+    def zero(shape: torch.Size) -> torch.Tensor:
+        return torch.frombuffer(mmap(-1, shape.numel() * width), dtype=dtype).view(shape)
+
     parts = {}
     for name, make in NETWORKS.items():
         module = weights.build(make, **BIG_G.get(name, {}))
-        weights.load(module, {k: torch.zeros(v.shape, dtype=dtype) for k, v in module.state_dict().items()})
+        weights.load(module, {k: zero(v.shape) for k, v in module.state_dict().items()})
         parts[name] = module
     return None, parts, SCHEDULES

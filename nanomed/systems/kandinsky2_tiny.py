@@ -43,12 +43,14 @@ RECIPES = {
     "kandinsky2-tiny": {
         "": dict(data="toy:2000", allocator=True, batch=32, schedule="cosine", warmup=20, clip=1.0,
                  test_prompts="weights/msdm-tiny/test.csv"),
-        "vae": dict(steps=400, lr=2e-3, ema=0.0, save_every=200),
-        "clip": dict(steps=400, batch=64, lr=1e-3, ema=0.0, save_every=200, join=3, views=0),
-        "prior": dict(steps=1500, batch=64, lr=1e-3, ema=0.99, save_every=500, views=4, join=3),
-        "decoder": dict(steps=1200, lr=2e-3, ema=0.99, save_every=400, views=4),
+        "vae": dict(steps=300, batch=16, lr=2e-3, ema=0.0, save_every=150),
+        "clip": dict(steps=300, batch=64, lr=1e-3, ema=0.0, save_every=150, join=3),
+        # the prior is judged by its loss, for there is no decoder yet
+        "prior": dict(steps=800, lr=1e-3, ema=0.99, save_every=400, views=4, join=3, score_images=0),
+        "decoder": dict(steps=1000, lr=2e-3, ema=0.99, save_every=500, views=4),
     },
 }  # fmt: skip
+DECODER_SCHEDULE = replace(SCHEDULES[1], prediction="v", clip=3.0)
 TEMPERATURE = 0.07  # of the contrastive loss; the learned one of CLIP begins there
 
 
@@ -62,8 +64,7 @@ class Tiny(Kandinsky2):
         for name, make in NETWORKS.items():
             size = {"vocab_size": len(tokenizer)} if name == "text_encoder" else {}
             parts[name] = make(**networks[name], **size)
-        schedules = SCHEDULES[0], replace(SCHEDULES[1], prediction="v", clip=3.0)
-        super().__init__(tokenizer, parts, schedules, published=False, **settings)
+        super().__init__(tokenizer, parts, (SCHEDULES[0], DECODER_SCHEDULE), published=False, **settings)
         self.networks = networks
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
