@@ -26,7 +26,8 @@ NASTY = [
 ]
 ALLOWED = {
     "html": {"lang"}, "head": set(), "meta": {"charset", "http-equiv", "content", "name"}, "title": set(),
-    "style": set(), "body": set(), "main": set(), "h1": set(), "h2": set(), "h3": set(), "p": {"class"}, "section": set(),
+    "style": set(), "body": set(), "main": set(), "h1": set(), "h2": set(), "h3": set(), "p": {"class"},
+    "section": set(),
     "div": {"class"}, "bdi": set(), "table": {"class"}, "thead": set(), "tr": set(), "th": set(),
     "td": {"class", "data-label"}, "span": {"class", "title"}, "ul": set(), "li": set(), "b": {"style"},
     "figure": set(), "figcaption": set(), "img": {"class", "alt", "src"}, "details": set(), "summary": set(),
@@ -165,7 +166,8 @@ def test_every_metric_knows_which_way_is_better():
     lower = ["FID", "KID", "KFD", "HFD", "FID [single]", "toy-classifier Frechet distance", "toy-classifier KID",
              "colour mean distance", "HLDF colour distance", "copies of training images"]  # fmt: skip
     higher = ["IS", "IS med", "precision", "recall", "F1", "density", "coverage", "prompt faithfulness",
-              "polyp position", "box artefact yes/no", "classifier F1 macro [real]", "classifier balanced accuracy [real]"]  # fmt: skip
+              "polyp position", "box artefact yes/no", "classifier F1 macro [real]",
+              "classifier balanced accuracy [real]"]  # fmt: skip
     assert [table.direction(name) for name in lower] == [-1] * len(lower)
     assert [table.direction(name) for name in higher] == [1] * len(higher)
     assert table.direction("IS std") == table.direction("nearer than held-out, pixels") == 0
