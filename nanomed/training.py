@@ -24,11 +24,15 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
     frozen = system.frozen(stage)
     pairs = system.uses_text(stage)
     augment = config.augment and pairs  # the autoencoder sees centre crops as they are
+    dropout = (system.dropout if config.dropout is None else config.dropout) if pairs else 0.0
     columns = texts = None
     if "image" in frozen and config.views:
-        columns = _cached_images(config, system, *frozen["image"], table, augment, rank, world, device)
+        looks = views(config.views, flips=dropout > 0)
+        columns = _cached_images(config, system, *frozen["image"], table, looks, augment, rank, world, device)
     if "text" in frozen and config.join == 1:  # joined prompts are too many to keep
         texts = _cached_texts(config, system, *frozen["text"], table, rank, world)
+        if config.offload:
+            system.offload(frozen["text"][0])
     replace = {"some": 0.5, "all": 1.0}.get(config.strategy, 0.0) if config.paraphrases else 0.0
     return Batches(
         table.rows,
@@ -38,7 +42,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
         rank,
         world,
         pairs=pairs,
-        dropout=(system.dropout if config.dropout is None else config.dropout) if pairs else 0.0,
+        dropout=dropout,
         augment=augment,
         view_count=config.views,
         columns=columns,
@@ -49,9 +53,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
     )
 
 
-def _cached_images(config, system, part, encode, table, augment, rank, world, device):
-    looks = views(config.views, flips=system.dropout > 0)
-
+def _cached_images(config, system, part, encode, table, looks, augment, rank, world, device):
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
         each = [
@@ -63,8 +65,8 @@ def _cached_images(config, system, part, encode, table, augment, rank, world, de
     key = {
         "fields": f"{part} of images", "weights": [weights.fingerprint(system.get_submodule(p)) for p in part.split()],
         "images": [[row.file.name, files.sha256(row.file)] for row in table.rows],
-        "size": system.size, "views": config.views, "augment": augment, "jitter": system.jitter, "pad": system.pad,
-        "seed": config.seed,
+        "size": system.size, "views": [[look.number, *look.flip] for look in looks], "augment": augment,
+        "jitter": system.jitter, "pad": system.pad, "seed": config.seed,
     }  # fmt: skip
     return cached(config.cache, key, len(table.rows) * len(looks), make, 32, rank, world, runtime.barrier)
 
@@ -188,6 +190,8 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
 
     Two real steps are made. On a CPU they use batches of 1 and 2 samples and the rest is extrapolated along a line.
     """
+    if config.rank:
+        system.adapt(stage, config.rank, config.alpha or None, config.adapter)
     params = system.trainable(stage)
     optimizer = torch.optim.AdamW(params.values(), lr=0.0, fused=True)
 
@@ -222,6 +226,9 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
     print(f"  peak memory    {memory / 1e9:.1f} GB on {device}{note}")
     print(f"  one step       {seconds * config.accumulate:.2f} s, {config.batch * config.accumulate} samples{note}")
     print(f"  {config.steps:,} steps {seconds * config.accumulate * config.steps / 3600:.1f} hours on this device")
+    for name, gb in system.memory(stage, config.batch).items():
+        fits = [f"{size} GB" for size in (24, 40, 80) if gb < 0.95 * size] or ["none of 24, 40, 80 GB"]
+        print(f"  {name:28} {gb:5.1f} GB" + (f", fits a card of {', '.join(fits)}" if "in all" in name else ""))
     copies = 3 + bool(config.ema)  # weights, two moments, the average
     print(f"  disk           {(config.keep + 1) * copies * 4 * trained / 1e9:.1f} GB of checkpoints\n")
 

@@ -498,3 +498,41 @@ def test_a_frozen_t5_may_work_on_another_device():
     system.text_encoder.trimmed = lambda ids, mask: torch.zeros(*ids.shape, 16)
     system.text_encoder.to_empty(device="cpu")
     assert system.states(PROMPTS)["prompt_embeds"].device.type == "meta"
+
+
+# -------------------------------------------------------------------------------------------------- what it needs
+
+
+def test_activations_are_what_autograd_holds():
+    """The arithmetic on shapes against the tensors that a real forward pass saves, to the byte."""
+    system = small()
+    own = {param.untyped_storage()._cdata for param in system.parameters()}
+
+    def held(run) -> int:
+        found = {}
+
+        def note(tensor):
+            found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            run()
+        return sum(storage.nbytes() for place, storage in found.items() if place not in own)
+
+    ids, mask = torch.zeros(2, system.length, dtype=torch.int64), torch.ones(2, system.length, dtype=torch.bool)
+    z = torch.randn(2, *system.latent_shape, requires_grad=True)
+    kv = torch.randn(2, 2, 2, system.length, system.transformer.config.dim, requires_grad=True)
+    assert system._activations(2) == (
+        held(lambda: system.text_encoder(ids, mask)),
+        held(lambda: system.transformer(z, ids[:, 0], kv=kv, attention_mask=mask)),
+        held(lambda: system.vae.decode(z)),
+    )
+
+
+def test_dry_run_says_which_card_fits(capsys, monkeypatch):
+    flags = ["--model", "medart-tiny", "--dry_run", "--stage", "adapters", "--batch", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert train.main() == 0
+    out = capsys.readouterr().out
+    assert "a step with HLDF" in out and "in all, --shard over 2" in out
+    assert "fits a card of 24 GB, 40 GB, 80 GB" in out

@@ -69,6 +69,13 @@ class System(nn.Module):
         """Look for files that a stage can use and can do without; returns a line that says what is left out, or ""."""
         return ""
 
+    def offload(self, part: str) -> None:
+        """Called when all that a frozen part makes of the data's texts is on disk; a large one may leave the device."""
+
+    def memory(self, stage: str, batch: int) -> dict[str, float]:
+        """What a stage needs on a device in GB, part by part and "in all", where a system can tell without trying."""
+        return {}
+
     def finish(self, stage: str, image_batches) -> dict[str, float]:
         """Called once when a stage has ended, with batches of training images; returns what it measured."""
         return {}

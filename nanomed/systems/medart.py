@@ -185,6 +185,64 @@ class MedArt(PixArt):
         if not self.pieces:  # a weight that is in pieces takes no adapter in
             super().fold()
 
+    def memory(self, stage: str, batch: int) -> dict[str, float]:
+        """What training needs on each device, in GB, by arithmetic on shapes: nothing is computed.
+
+        In a step with HLDF the graph of the noise loss is there, those of the texts of both branches, and one of the
+        decoder's and of one branch of one solver step, whichever is larger (hldf.py).
+        """
+        if stage != "adapters":
+            return {}
+        texts, net, decoder = self._activations(batch)
+        tuned, keep = "text_encoder" in self.stages[stage], self._settings["hldf_keep"]
+        frozen = {part: sum(p.nbytes for p in module.parameters()) for part, module in self.named_children()}
+        trained = sum(p.numel() for p in self.trainable(stage).values())
+        step = net + (texts if tuned else 0)
+        event = step + (2 * texts if tuned else 0) + max(decoder, net) + 2 * keep * net
+        parts = {
+            "weights": sum(frozen.values()), "adapters and their moments": 16 * trained, "a step": step,
+            "a step with HLDF": event if self._settings["hldf_every"] else step,
+        }  # fmt: skip
+        gb = {name: count / 1e9 for name, count in parts.items()}
+        whole = sum(gb.values()) - gb["a step"] + 1.0  # what CUDA itself and its libraries take
+        text = frozen["text_encoder"] / 1e9
+        gb["in all"] = whole
+        if tuned:
+            gb["in all, --shard over 2"] = whole - text / 2
+            gb["in all, --shard over 4"] = whole - text * 3 / 4
+        else:
+            gb["in all, --offload"] = whole - text
+        return gb
+
+    def _activations(self, batch: int) -> tuple[float, float, float]:
+        """Bytes that autograd holds for T5 (full texts), for one branch of the transformer, and for the decoder."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        weight = self.transformer.proj_out.weight
+        c, own = self.transformer.config, {p.untyped_storage()._cdata for p in self.parameters()}
+
+        def held(run: Callable[[], Tensor]) -> int:
+            found = {}
+
+            def note(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = storage  # held, so that no other storage takes its place
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                run()
+            return sum(storage.nbytes() for place, storage in found.items() if place not in own)
+
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device(weight.device):
+            params = [mode.from_tensor(p) for p in self.parameters()]  # weights appear as they are and as shapes
+            own |= {p.untyped_storage()._cdata for p in params}
+            ids, mask = torch.zeros(batch, self.length, dtype=torch.int64), torch.ones(batch, self.length) > 0
+            z = torch.empty(batch, *self.latent_shape, dtype=weight.dtype).requires_grad_()
+            kv = torch.empty(batch, c.num_layers, 2, self.length, c.dim, dtype=weight.dtype).requires_grad_()
+            texts = held(lambda: self.text_encoder(ids, mask))
+            net = held(lambda: self.transformer(z, ids[:, 0], kv=kv, attention_mask=mask))
+            return texts, net, held(lambda: self.vae.decode(z))
+
     # --------------------------------------------------------------------------------- a base model from nothing
 
     def reconstruction_loss(self, images: Tensor) -> dict[str, Tensor]:
@@ -238,7 +296,9 @@ def build(
     if "transformer" in settings:
         return MedArt.fresh(tiny_tokenizer(settings["text_encoder"]["vocab_size"]), **settings).to(dtype)
     if random:
-        return pixart.untrained(MedArt, dtype, base=pixart.REPOSITORY, **settings)
+        system = pixart.untrained(MedArt, dtype, base=pixart.REPOSITORY, **settings)
+        system.tokenizer = tiny_tokenizer(512)
+        return system
     folder = pixart.published_folder(pixart.REPOSITORY, weights_folder)
     return MedArt.published(folder, dtype, base=pixart.base_of(folder), **settings)
 
