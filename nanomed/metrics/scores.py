@@ -26,8 +26,9 @@ def check(least: int, *sets: Tensor) -> None:
             raise ValueError(
                 f"needs at least {least} samples on each side, not {' and '.join(str(len(s)) for s in sets)}"
             )
-        if not features.isfinite().all():
-            rows = (~features.isfinite().all(1)).nonzero().flatten()
+        sound = torch.cat([rows.isfinite().all(1) for rows in features.split(BLOCK)])
+        if not sound.all():
+            rows = (~sound).nonzero().flatten()
             raise ValueError(f"features of image {rows[0]} are not finite ({len(rows)} such images)")
 
 
