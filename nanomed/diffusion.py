@@ -68,15 +68,22 @@ class Diffusion:
         if not path.is_file():
             raise WeightsError(f"{path} is missing: it says which noise the weights beside it were trained with")
         try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_settings(json.loads(path.read_text(encoding="utf-8")), str(path))
+        except json.JSONDecodeError as error:
+            raise WeightsError(f"{path}: not one of {', '.join(PUBLISHED)} ({error})") from error
+
+    @classmethod
+    def from_settings(cls, stated: dict, where: str) -> "Diffusion":
+        """The same, of the settings themselves; `where` they stand is for messages."""
+        try:
             said = PUBLISHED[stated["_class_name"]] | stated
-        except (ValueError, TypeError, KeyError) as error:
+        except (TypeError, KeyError) as error:
             raise WeightsError(
-                f"{path}: not one of {', '.join(PUBLISHED)} ({type(error).__name__}: {error})"
+                f"{where}: not one of {', '.join(PUBLISHED)} ({type(error).__name__}: {error})"
             ) from error
         for name, known in KNOWN.items():
             if said.get(name, known[0]) not in known:
-                raise WeightsError(f"{path}: {name} = {said[name]!r} is not known here")
+                raise WeightsError(f"{where}: {name} = {said[name]!r} is not known here")
         spacing = said["timestep_spacing"]
         if spacing == "linspace" and said["_class_name"] != "DPMSolverMultistepScheduler":
             spacing = "unclip"  # linspace there leaves out the clean end, here it ends at 0

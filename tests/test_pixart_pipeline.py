@@ -390,8 +390,11 @@ def test_the_schedule_is_the_files(folders, tmp_path):
     close(diffusion.alphas_cumprod, expected.alphas_cumprod, 1e-6)
     for odd in (dict(algorithm_type="sde-dpmsolver++"), dict(use_karras_sigmas=True), dict(solver_order=3)):
         path.write_text(json.dumps(settings | odd))
-        with pytest.raises(weights.WeightsError, match=f"scheduler_config.json: {next(iter(odd))} = .* is not DPM"):
+        with pytest.raises(weights.WeightsError, match=f"scheduler_config.json: {next(iter(odd))} = .* is not known"):
             read_scheduler(path.parent)
+    path.write_text(json.dumps(settings | dict(_class_name="DDPMScheduler")))
+    with pytest.raises(weights.WeightsError, match="sampled by DPMSolverMultistepScheduler, not by DDPMScheduler"):
+        read_scheduler(path.parent)
     path.write_text("{")
     with pytest.raises(weights.WeightsError, match="scheduler_config.json"):
         nanomed.load("pixart", weights=tmp_path / "other")

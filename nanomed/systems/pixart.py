@@ -49,6 +49,7 @@ BINS = """8x32 8x29 9x28 9x27 9x26 10x25 10x24 11x23 11x22 11x21 12x21 12x20 13x
 class PixArt(System):
     """Transformer + T5 + VAE.
 
+    scheduler  settings of its DPM-Solver++, in the words of a scheduler_config.json; None: PixArt's
     size       side of the images that it trains on and draws; None: the side that its positions are made for
     length     tokens of a prompt, </s> included
     snr_gamma  min-SNR weighting of the training loss; 0 = none
@@ -80,7 +81,7 @@ class PixArt(System):
         given = text_encoder.config.d_model, vae.config.latent_channels
         if wanted != given:
             raise WeightsError(f"a transformer for text and latents of {wanted} channels beside T5 and VAE of {given}")
-        self.diffusion = schedule(self.scheduler)
+        self.diffusion = Diffusion.from_settings({"_class_name": SOLVER} | self.scheduler, "scheduler")
         self.size = size or transformer.config.sample_size * vae.factor
         self.length, self.steps, self.guidance, self.snr_gamma = length, steps, guidance, snr_gamma
         self.latent_shape = self.latent_size(self.size, self.size)
@@ -293,7 +294,7 @@ def _parts(transformer: dict, text_encoder: dict, vae: dict) -> tuple[PixArtTran
     )
 
 
-# ------------------------------------------------------------------------------------------------------ sizes, schedule
+# --------------------------------------------------------------------------------------------------------- sizes, files
 
 
 def binned(height: int, width: int, sample_size: int) -> tuple[int, int]:
@@ -319,51 +320,22 @@ def cropped(images: Tensor, height: int, width: int) -> Tensor:
     return images[:, :, top : top + height, left : left + width]
 
 
-def schedule(settings: dict) -> Diffusion:
-    """The `Diffusion` of a scheduler_config.json's settings; {} is PixArt's."""
-    names = {"squaredcos_cap_v2": "squaredcos", "v_prediction": "v"}
-
-    def named(key: str, default: str) -> str:
-        return names.get(settings.get(key, default), settings.get(key, default))
-
-    return Diffusion(
-        beta_start=settings.get("beta_start", 1e-4),
-        beta_end=settings.get("beta_end", 0.02),
-        schedule=named("beta_schedule", "linear"),
-        prediction=named("prediction_type", "epsilon"),
-        spacing=named("timestep_spacing", "linspace"),
-        offset=settings.get("steps_offset", 0),
-        length=settings.get("num_train_timesteps", 1000),
-    )
-
-
-# What a DPMSolverMultistepScheduler may have set otherwise, and would then be another sampler than the one here.
-EXPECTED = dict(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", thresholding=False,
-                lower_order_final=True, euler_at_final=False, use_karras_sigmas=False, use_exponential_sigmas=False,
-                use_beta_sigmas=False, use_lu_lambdas=False, use_flow_sigmas=False, final_sigmas_type="zero",
-                rescale_betas_zero_snr=False, trained_betas=None, variance_type=None)  # fmt: skip
+SOLVER = "DPMSolverMultistepScheduler"
 
 
 def read_scheduler(folder: str | Path) -> dict:
-    """The settings in a folder's scheduler_config.json that make the noise schedule.
+    """What a folder's scheduler_config.json says about the noise.
 
     Raises WeightsError where it is missing or damaged, or asks for another sampler than DPM-Solver++ 2M.
     """
     path = Path(folder) / "scheduler_config.json"
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: it says which noise the transformer was trained on")
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-        odd = [f"{name} = {stated[name]!r}" for name, value in EXPECTED.items() if stated.get(name, value) != value]
-        if odd:
-            raise ValueError(f"{', '.join(odd)} is not DPM-Solver++ 2M as it is known here")
-        kept = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing", "steps_offset",
-                "num_train_timesteps")  # fmt: skip
-        settings = {name: stated[name] for name in kept if name in stated}
-        schedule(settings).timesteps(20)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path}: {error}") from error
-    return settings
+    Diffusion.from_json(path)
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    if stated["_class_name"] != SOLVER:
+        raise WeightsError(f"{path}: PixArt is sampled by {SOLVER}, not by {stated['_class_name']}")
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
+            "steps_offset")  # fmt: skip
+    return {name: stated[name] for name in kept if name in stated}
 
 
 # ------------------------------------------------------------------------------------------------------------ the verbs
