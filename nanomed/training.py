@@ -49,6 +49,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
         texts=texts,
         replace=replace,
         join=config.join if pairs else 1,
+        places=config.places if pairs else 0.0,
         jitter=system.jitter,
     )
 

@@ -61,6 +61,8 @@ class Batches:
 
     With `join` > 1 a sample's prompt is followed by 0 to join - 1 other prompts of the same image: one sentence says
     one thing, so a small model that trains its own text encoder learns the words several times faster from three.
+    `places` is the share of samples whose first prompt is one that says where something is, if the image has any: a
+    sixth of all prompts are, and they take the most samples to learn.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class Batches:
         texts: tuple[dict[str, int], Columns] | None = None,
         replace: float = 0.0,
         join: int = 1,
+        places: float = 0.0,
         jitter: bool = True,
     ):
         self.rows, self.size, self.batch, self.seed, self.rank, self.world = rows, size, batch, seed, rank, world
         self.dropout, self.augment, self.columns, self.texts, self.replace = dropout, augment, columns, texts, replace
         self.views, self.join, self.jitter = views(view_count, flips=dropout > 0), join, jitter
-        self.view_count = view_count
+        self.view_count, self.places = view_count, places
         if pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
         else:
@@ -126,6 +129,9 @@ class Batches:
         row = self.rows[index]
         rng = np.random.default_rng(runtime.seed_of("sample", self.seed, position))
         dropped, flip, view, swap = rng.random(), rng.integers(4), rng.integers(1 << 62), rng.random()
+        if self.places and rng.random() < self.places:
+            named = [i for i, prompt in enumerate(row.prompts) if " located in " in prompt]
+            which = named[rng.integers(len(named))] if named else which
         prompt = row.prompts[which] if row.prompts else ""
         if row.paraphrases and swap < self.replace:
             prompt = row.paraphrases[which]

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 class Basic(nn.Module):
     """Convolution -> GroupNorm -> channel dropout -> SiLU. A zero one starts as the constant 0."""
 
-    def __init__(self, cin: int, cout: int, dropout: float = 0.0, zero: bool = False):
+    def __init__(self, cin: int, cout: int, groups: int, dropout: float = 0.0, zero: bool = False):
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm = nn.GroupNorm(32, cout)
+        self.norm = nn.GroupNorm(groups, cout)
         self.drop = nn.Dropout2d(dropout)  # whole channels, after the norm and before the activation
         if zero:
             nn.init.zeros_(self.conv.weight)
@@ -38,9 +38,9 @@ class Basic(nn.Module):
 class BasicRes(nn.Module):
     """Basic(x) + x, with a 1 x 1 convolution on x where the channels change."""
 
-    def __init__(self, cin: int, cout: int, dropout: float, zero: bool = False):
+    def __init__(self, cin: int, cout: int, groups: int, dropout: float, zero: bool = False):
         super().__init__()
-        self.basic_block = Basic(cin, cout, dropout, zero)
+        self.basic_block = Basic(cin, cout, groups, dropout, zero)
         self.conv_res = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,9 +50,10 @@ class BasicRes(nn.Module):
 class ResBlock(nn.Module):
     """Two BasicRes; the embedding of time and text is added once, between them."""
 
-    def __init__(self, cin: int, cout: int, emb: int, dropout: float):
+    def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float):
         super().__init__()
-        self.block_seq = nn.ModuleList([BasicRes(cin, cout, dropout), BasicRes(cout, cout, dropout, zero=True)])
+        first, second = BasicRes(cin, cout, groups, dropout), BasicRes(cout, cout, groups, dropout, zero=True)
+        self.block_seq = nn.ModuleList([first, second])
         self.local_embedder = nn.Sequential(nn.SiLU(), nn.Linear(emb, cout))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -81,23 +82,23 @@ class Up(nn.Module):
 # ------------------------------------------------------------------------------------------------ attention to text
 
 
-def keep_variance(linear: nn.Linear) -> None:
-    """Start with unit gain; PyTorch's default shrinks a signal to 0.58 at every layer."""
-    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+def keep_variance(linear: nn.Linear, gain: float = 1.0) -> None:
+    """Start with a known gain; PyTorch's default shrinks a signal to 0.58 at every layer."""
+    nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
 
 
 class Attention(nn.Module):
     """Multi-head attention of queries (B, N, C) to keys and values made from a context (B, L, D); no biases."""
 
-    def __init__(self, channels: int, context: int, heads: int, dropout: float = 0.0):
+    def __init__(self, channels: int, context: int, heads: int, dropout: float = 0.0, sharpness: float = 1.0):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context, channels, bias=False)
         self.to_v = nn.Linear(context, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.Dropout(dropout))
-        for linear in (self.to_q, self.to_k, self.to_v):
-            keep_variance(linear)
+        for linear, gain in ((self.to_q, sharpness), (self.to_k, 1.0), (self.to_v, 1.0)):
+            keep_variance(linear, gain)
         # Text that says nothing yet is noise, and a network first learns to suppress noise: then it stays deaf to its
         # prompt for thousands of steps. So text starts at full strength behind a closed gate.
         nn.init.zeros_(self.to_out[0].weight)
@@ -117,25 +118,27 @@ class Attention(nn.Module):
 class ConditionalNorm(nn.Module):
     """GroupNorm whose scale and shift are made from the embedding; they start at 1 and 0."""
 
-    def __init__(self, channels: int, emb: int):
+    def __init__(self, channels: int, emb: int, groups: int):
         super().__init__()
+        self.groups = groups
         self.context_mlp = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * channels))
         nn.init.zeros_(self.context_mlp[1].weight)
         nn.init.zeros_(self.context_mlp[1].bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.context_mlp(emb)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, F.group_norm(x, 32), 1 + scale)
+        return torch.addcmul(shift, F.group_norm(x, self.groups), 1 + scale)
 
 
 class ConditionalTransformer(nn.Module):
     """x + attention(norm(x), text), then x + feed-forward(norm(x)); the feed-forward is two 1 x 1 convolutions."""
 
-    def __init__(self, channels: int, context: int, emb: int, dropout: float):
+    def __init__(self, channels: int, context: int, emb: int, groups: int, dropout: float):
         super().__init__()
-        self.in_norm = ConditionalNorm(channels, emb)
-        self.attention = Attention(channels, context, heads=8, dropout=dropout)
-        self.out_norm = ConditionalNorm(channels, emb)
+        self.in_norm = ConditionalNorm(channels, emb, groups)
+        # Queries start three times as long: attention that looks at all words alike is slow to learn which is which.
+        self.attention = Attention(channels, context, heads=8, dropout=dropout, sharpness=3.0)
+        self.out_norm = ConditionalNorm(channels, emb, groups)
         self.feed_forward = nn.Sequential(
             nn.Conv2d(channels, 4 * channels, 1, bias=False),
             nn.SiLU(),
@@ -149,9 +152,9 @@ class ConditionalTransformer(nn.Module):
 
 
 class TextBlock(nn.Module):
-    def __init__(self, channels: int, context: int, emb: int, dropout: float):
+    def __init__(self, channels: int, context: int, emb: int, groups: int, dropout: float):
         super().__init__()
-        self.attention = ConditionalTransformer(channels, context, emb, dropout)
+        self.attention = ConditionalTransformer(channels, context, emb, groups, dropout)
 
 
 class TextPooling(nn.Module):
@@ -192,6 +195,9 @@ class MSDMUNet(nn.Module):
     channels[0] is the stem; each further entry is a level of two residual blocks with text attention, and all levels
     but the last end in a stride-2 convolution. With `self_conditioning` the input is [x_t, previous estimate of x_0];
     the released code has that option but feeds x_t twice and never enables it.
+
+    places > 0 adds a learned map of that side to the stem, so that every position of the latents has its own name for
+    queries to use; the published network has none and knows its places by the zeros around an image alone.
     """
 
     def __init__(
@@ -202,19 +208,23 @@ class MSDMUNet(nn.Module):
         dim: int = 1024,
         dropout: float = 0.1,
         self_conditioning: bool = False,
+        groups: int = 32,
+        places: int = 0,
     ):
         super().__init__()
         self.self_conditioning = self_conditioning
+        self.places = nn.Parameter(torch.randn(1, channels[0], places, places)) if places else None
         self.time_embedder = TimeEmbedding(dim)
         self.cond_projection_linear = nn.Linear(text, dim, bias=False)
         self.cond_projection_linear2 = nn.Linear(dim, dim, bias=False)
         keep_variance(self.cond_projection_linear)
-        keep_variance(self.cond_projection_linear2)
+        keep_variance(self.cond_projection_linear2, gain=1.7)  # the SiLU before it takes that much
         self.cond_pooling = TextPooling(dim)
         self.in_conv = nn.ModuleDict({"conv": nn.Conv2d(latent * (1 + self_conditioning), channels[0], 3, padding=1)})
 
         def block(cin: int, cout: int, *more: nn.Module) -> nn.ModuleList:
-            return nn.ModuleList([ResBlock(cin, cout, dim, dropout), TextBlock(cout, dim, dim, dropout), *more])
+            parts = ResBlock(cin, cout, dim, groups, dropout), TextBlock(cout, dim, dim, groups, dropout)
+            return nn.ModuleList([*parts, *more])
 
         self.in_blocks = nn.ModuleList()
         skips, width = [channels[0]], channels[0]
@@ -229,9 +239,9 @@ class MSDMUNet(nn.Module):
 
         self.middle_block = nn.ModuleList(
             [
-                ResBlock(width, width, dim, dropout),
-                TextBlock(width, dim, dim, dropout),
-                ResBlock(width, width, dim, dropout),
+                ResBlock(width, width, dim, groups, dropout),
+                TextBlock(width, dim, dim, groups, dropout),
+                ResBlock(width, width, dim, groups, dropout),
             ]
         )
 
@@ -292,6 +302,8 @@ class MSDMUNet(nn.Module):
             return h
 
         h = self.in_conv["conv"](x)
+        if self.places is not None:
+            h = h + F.interpolate(self.places, size=h.shape[-2:], mode="nearest-exact")
         skips = [h]
         for block in self.in_blocks:
             h = block(h) if isinstance(block, Down) else run(block, h)

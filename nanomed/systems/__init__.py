@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from nanomed.systems.base import System
 
 FILES = {  # preset -> file in this folder
-    "msdm": "msdm", "msdm-tiny": "msdm", "pixart": "pixart", "medart": "medart", "medart-skin": "medart",
-    "medart-tiny": "medart", "kandinsky2": "kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny",
+    "msdm": "msdm", "msdm-tiny": "msdm", "msdm-tiny-64": "msdm", "pixart": "pixart", "medart": "medart",
+    "medart-skin": "medart", "medart-tiny": "medart", "kandinsky2": "kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny",
 }  # fmt: skip
 PUBLISHED = ("pixart", "kandinsky2")  # presets that `load` also reads as they were published
 
