@@ -53,6 +53,7 @@ class Config:
     strategy: str = "add"  # add | some | all: paraphrases as pairs of their own, in place with p = 0.5, or always
     dropout: float | None = None  # share of training prompts replaced by ""; empty: the model's own
     join: int = 1  # up to this many prompts of an image in one, drawn anew every time
+    places: float = 0.0  # share of samples whose prompt says where something is, beyond those that chance draws
     valid: float = 0.1  # share of the images held out, by image
     save_every: int = 1000  # steps between checkpoints, each with a validation and a grid
     keep: int = 2  # checkpoints kept, besides the best
