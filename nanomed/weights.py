@@ -31,6 +31,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanomed import files
 
@@ -375,8 +376,18 @@ def build(make: Callable[..., M], *args, **kwargs) -> M:
     A table that no file holds (sinusoids, masks, positions) must not be a buffer then, for `load` could not fill it:
     the modules here compute such tables where they use them.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return make(*args, **kwargs)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out normal draws: they fill nothing on the meta device, and the first imports as much as torch itself."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load(module: M, tensors: Mapping[str, Tensor], optional: Iterable[str] = ()) -> M:

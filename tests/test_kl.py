@@ -177,7 +177,7 @@ def test_wrong_configs_and_files_are_named(tmp_path):
     with pytest.raises(weights.WeightsError, match="config.json is missing"):
         load_kl(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(weights.WeightsError, match="config.json: not the configuration of an autoencoder"):
+    with pytest.raises(weights.WeightsError, match="not the configuration of a KL autoencoder"):
         load_kl(tmp_path)
     reference, _ = pair()
     reference.save_pretrained(tmp_path)

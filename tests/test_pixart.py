@@ -319,7 +319,7 @@ def test_loading_holds_the_weights_once(tmp_path, dtype, bound):
         tensors = {name: torch.ones(t.shape) for name, t in names.items()}
         save_file(tensors, tmp_path / folder / "diffusion_pytorch_model.safetensors")
     code = f"""
-import re, torch
+import re, sys, torch
 from nanomed import weights
 from nanomed.denoisers.pixart import load_pixart
 def peak():
@@ -335,6 +335,7 @@ weights.CHUNK //= 8  # the published file is eight times as large as this one, a
 network = load("large")
 held = sum(t.numel() * t.element_size() for t in network.parameters())
 assert held > 100e6
+assert "sympy" not in sys.modules  # which torch imports for some operations on the meta device: a second at the start
 print((peak() - start) / held)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)

@@ -8,10 +8,9 @@ Hunyuan-DiT share: images (B, 3, H, W) <-> latents (B, 4, H/8, W/8), 83,653,863 
 Parameter names are diffusers'. Files of 2022 spell the attention layers in another way: see `renamed`.
 """
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
 from nanomed.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
-from nanomed.weights import WeightsError
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,7 @@ class KLConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> "KLConfig":
         """Read a published `config.json`, or the one in a folder. What it leaves unsaid is the default."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing: it says which autoencoder the weights beside it are")
-        try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-            names = {field.name for field in fields(cls)}
-            return cls(**{name: stated[name] for name in names & stated.keys()})
-        except (ValueError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{path}: not the configuration of an autoencoder ({error})") from error
+        return weights.configured(cls, path, "a KL autoencoder")
 
 
 class Half(nn.Module):

@@ -9,8 +9,7 @@ size and shape besides (611,349,152). Parameter names are the published ones. Ti
 all blocks (adaLN-single, section 2.3), to which each block adds a table of its own.
 """
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
 from nanomed.blocks import Attention, FeedForward, TimestepEmbedding, sinusoid
-from nanomed.weights import WeightsError
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,7 @@ class PixArtConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> "PixArtConfig":
         """Read a published `config.json`, or the one in a folder. What it leaves unsaid is the default."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing: it says which transformer the weights beside it are")
-        try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-            names = {field.name for field in fields(cls)}
-            return cls(**{name: stated[name] for name in names & stated.keys()})
-        except (ValueError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{path}: not the configuration of a PixArt transformer ({error})") from error
+        return weights.configured(cls, path, "a PixArt transformer")
 
     @property
     def dim(self) -> int:
@@ -165,7 +153,7 @@ class Block(nn.Module):
     def __init__(self, c: PixArtConfig):
         super().__init__()
         heads = dict(heads=c.num_attention_heads, head_dim=c.attention_head_dim, bias=True)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, c.dim) / c.dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, c.dim).normal_(std=c.dim**-0.5))
         self.attn1 = Attention(c.dim, **heads)
         self.attn2 = Attention(c.dim, **heads)
         self.ff = FeedForward(c.dim, "gelu-tanh")
@@ -193,7 +181,7 @@ class PixArtTransformer(nn.Module):
         self.adaln_single = AdaLNSingle(config)
         self.caption_projection = CaptionProjection(config)
         self.transformer_blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
-        self.scale_shift_table = nn.Parameter(torch.randn(2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, config.dim).normal_(std=config.dim**-0.5))
         self.proj_out = nn.Linear(config.dim, config.patch_size**2 * config.out_channels)
 
     def read_text(self, prompt_embeds: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
