@@ -30,9 +30,7 @@ from nanomed.text.tokenizers import ClipTokenizer
 PRESETS = {"kandinsky2": dict(size=256)}
 RECIPES = {
     "kandinsky2": {  # of the released scripts, and 100 epochs of each stage
-        "": dict(data="toy", augment=False, views=1, epochs=100.0, batch=64, lr=1e-4, clip=1.0, ema=0.0),
-        "prior": dict(rank=128),
-        "decoder": dict(rank=128),
+        "": dict(data="toy", augment=False, views=1, epochs=100.0, batch=64, lr=1e-4, clip=1.0, ema=0.0, rank=128),
     },
 }
 
@@ -73,12 +71,8 @@ class Kandinsky2(System):
                             prior_guidance=prior_guidance, released=released, pad=pad, dropout=dropout)  # fmt: skip
         for name, value in (self._config | parts).items():
             setattr(self, name, value)
-        self.tokenizer, self.published = tokenizer, published
+        self.tokenizer, self.published, self.base = tokenizer, published, f"{PRIOR}, {DECODER}" if published else ""
         self.prior_diffusion, self.diffusion = schedules
-
-    @property
-    def base(self) -> str:
-        return f"{PRIOR}, {DECODER}" if self.published else ""
 
     # ------------------------------------------------------------------------------------------------ conditions
 
@@ -106,15 +100,13 @@ class Kandinsky2(System):
     # -------------------------------------------------------------------------------------------------- training
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
-        def look(images: Tensor) -> dict[str, Tensor]:
-            return {"image_embeds": self.embed(images)}
-
-        def look_and_encode(images: Tensor) -> dict[str, Tensor]:
-            return look(images) | {"latents": self.movq.encode(images.to(self.dtype))}
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            latents = {} if stage == "prior" else {"latents": self.movq.encode(images.to(self.dtype))}
+            return latents | {"image_embeds": self.embed(images)}
 
         if stage == "prior":
-            return {"image": ("image_encoder", look), "text": ("text_encoder", self.encode_text)}
-        return {"image": ("image_encoder movq", look_and_encode)}
+            return {"image": ("image_encoder", encode), "text": ("text_encoder", self.encode_text)}
+        return {"image": ("image_encoder movq", encode)}
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """The prior's loss is on x_0, the standardised embedding; the decoder's on the noise in MoVQ's latents, with
@@ -123,12 +115,12 @@ class Kandinsky2(System):
         `batch` holds "image" and "prompt", or what `frozen` makes of them. Where a prompt was dropped, the decoder sees
         the embedding of no image.
         """
-        for field, (raw, kind) in {"image_embeds": ("image", "image"), "text_states": ("prompt", "text")}.items():
-            if field not in batch and kind in self.frozen(stage):
+        for kind, raw, made in (("image", "image", "image_embeds"), ("text", "prompt", "text_states")):
+            if made not in batch and kind in self.frozen(stage):
                 batch = batch | self.frozen(stage)[kind][1](batch[raw])
         embeds = batch["image_embeds"].float()
         if stage == "prior":
-            (cond,) = shortest(self._read(batch))
+            (cond,) = shortest(batch)
             x0 = self.prior.standardised(embeds).detach()
             schedule = self.diffusion if self.released else self.prior_diffusion
             return {"loss": self._denoising(self.prior, x0, cond, self.prior_diffusion, schedule)}
@@ -146,24 +138,21 @@ class Kandinsky2(System):
         loss = (out.float() - says.target(x0, t, noise)).square().flatten(1).mean(1)
         return (loss * schedule.min_snr_weight(t, self.snr_gamma)).mean() if self.snr_gamma else loss.mean()
 
-    def _read(self, text: Cond) -> Cond:
-        """A batch's text fields as the prior takes them."""
-        cond = {name: text[name] for name in ("text_states", "text_embeds", "text_mask")}
-        return {name: value if value.dtype == torch.bool else value.to(self.dtype) for name, value in cond.items()}
-
     def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
         if self.published and not lora.adapted(self.get_submodule(self.stages[stage][0])):
             raise runtime.UsageError(f"--rank 0: stage {stage} trains adapters on the published weights; choose a rank")
         return super().trainable(stage)
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
-        width, length, side = self.prior.embedding_dim, self.prior.num_embeddings, self.size // self.movq.factor
-        embeds = torch.randn(batch, width, device=device)
-        if stage == "prior":
-            states = torch.randn(batch, length, width, device=device)
-            mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-            return {"image_embeds": embeds, "text_states": states, "text_embeds": embeds, "text_mask": mask}
-        return {"image_embeds": embeds, "latents": torch.randn(batch, self.unet.in_channels, side, side, device=device)}
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, device=device)
+
+        width, side = self.prior.embedding_dim, self.size // self.movq.factor
+        if stage == "decoder":
+            return {"image_embeds": draw(width), "latents": draw(self.unet.in_channels, side, side)}
+        states = draw(self.prior.num_embeddings, width)
+        text = {"text_states": states, "text_embeds": draw(width), "text_mask": states[..., 0] < 9}
+        return {"image_embeds": draw(width), **text}
 
     # -------------------------------------------------------------------------------------------------- sampling
 
@@ -188,10 +177,10 @@ class Kandinsky2(System):
         `noise.randn` is asked by the prior for (1, E), or (2, E) with negative prompts, and then by the decoder for
         latents: of each the first draw, then one a step.
         """
-        scales = [own if said is None else said
-                  for own, said in ((self.prior_guidance, prior_guidance), (self.guidance, guidance))]  # fmt: skip
-        embeds = self.imagine(prompts, noise, prior_steps or self.prior_steps, scales[0], negative_prompts)
-        latents = self.draw(*embeds, noise, steps or self.steps, scales[1], height or self.size, width or self.size)
+        first = self.prior_guidance if prior_guidance is None else prior_guidance
+        second = self.guidance if guidance is None else guidance
+        embeds = self.imagine(prompts, noise, prior_steps or self.prior_steps, first, negative_prompts)
+        latents = self.draw(*embeds, noise, steps or self.steps, second, height or self.size, width or self.size)
         return (self.movq.decode(latents).float() / 2 + 0.5).clamp(0, 1)
 
     def imagine(
@@ -202,8 +191,8 @@ class Kandinsky2(System):
         pairs = list(zip(prompts, negative_prompts)) if negative_prompts else [(prompt,) for prompt in prompts]
         each = len(pairs[0])
         away = [pair[-1] if negative_prompts else "" for pair in pairs for _ in pair]
-        texts = (self.encode_text([text for pair in pairs for text in pair]), self.encode_text(away))
-        cond, null = shortest(*map(self._read, texts))
+        texts = [text for pair in pairs for text in pair]
+        cond, null = shortest(self.encode_text(texts), self.encode_text(away))
         rows = guided(self.prior, cond, null, guidance)  # of (B each, E)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
