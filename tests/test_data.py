@@ -3,6 +3,7 @@
 import csv
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -373,3 +374,11 @@ def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows):
                 dropped += 1
                 flipped += pixels not in upright
     assert kept > 10 and dropped > 10 and flipped > 5
+
+
+def test_prompts_that_name_a_place_can_be_drawn_more_often(toy_rows):
+    """Every toy image has such a prompt; chance draws one in six. An image that has none keeps what was drawn."""
+    drawn = batches.Batches(toy_rows, 32, 64, seed=3, places=1.0)[0]["prompt"]
+    assert all(" located in " in prompt for prompt in drawn)
+    silent = [replace(row, prompts=("Generate an image with no polyps.",)) for row in toy_rows]
+    assert set(batches.Batches(silent, 32, 8, seed=3, places=1.0)[0]["prompt"]) == {"Generate an image with no polyps."}

@@ -142,6 +142,25 @@ def test_a_fresh_network_predicts_zero_and_learns():
     assert unet.outc["conv"]["conv"].weight.grad.abs().max() > 0
 
 
+def test_places_give_every_position_its_own_name_at_any_size():
+    """The learned map is added to the stem and stretched to other sizes; nothing else of the network changes."""
+    torch.manual_seed(0)
+    plain, placed = (MSDMUNet(4, (32, 32, 64), text=16, dim=64, dropout=0.0, places=n).eval() for n in (0, 8))
+    plain.load_state_dict({name: t for name, t in placed.state_dict().items() if name != "places"})
+    for unet in (plain, placed):
+        torch.nn.init.ones_(unet.outc["conv"]["conv"].weight)
+    text = torch.randn(1, 5, 16), torch.ones(1, 5, dtype=torch.bool)
+    for side in (8, 16):
+        x, t = torch.zeros(1, 4, side, side), torch.tensor([500])
+        with torch.no_grad():
+            stretched = placed.places.repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)
+            original = plain.in_conv["conv"].forward
+            plain.in_conv["conv"].forward = lambda x, add=stretched, conv=original: conv(x) + add
+            close(placed(x, t, *text), plain(x, t, *text), 1e-6)
+            plain.in_conv["conv"].forward = original
+            assert not torch.allclose(placed(x, t, *text), plain(x, t, *text), atol=1e-3)
+
+
 def test_channel_dropout_removes_whole_channels():
     torch.manual_seed(0)
     unet = MSDMUNet(4, (32, 32, 64), text=16, dim=64)
