@@ -122,7 +122,8 @@ def measure(
     fake = eyes.look(sets.fake)
     reals = {name: eyes.look(real) for name, real in sets.reals.items()}
     train = eyes.look(sets.train) if sets.train else None
-    sets = Sets(reals, fake, train, sets.held_out, sets.toy_world, sets.usual, list(sets.notes))
+    unseen = {digest for real in reals.values() for digest in real.hashes} - set(train.hashes if train else ())
+    sets = Sets(reals, fake, train, sets.held_out and bool(unseen), sets.toy_world, sets.usual, list(sets.notes))
     if train is not None and not sets.held_out:
         sets.notes.append("the real images count as the training images, whose copies are looked for; else say --train")
     notes = [*sets.notes, *eyes.notes]
@@ -138,14 +139,22 @@ def measure(
 
     outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()})
     if "memorisation" in wanted:
-        outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
+        try:
+            outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
+        except ValueError as error:  # too few held-out images once those that are training images are left out
+            if "memorisation" in asked:
+                raise DataError(f"--metrics memorisation: {error}") from None
+            notes.append(f"memorisation is left out: {error}")
     if "faithfulness" in wanted:
         outcome.shared |= _faithfulness(fake, asked)
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
         outcome.colours[name] = eyes.survey(real).colours()
-        run = _distances(wanted, networks, found, real, fake, settings, device)
+        try:
+            run = _distances(wanted, networks, found, real, fake, settings, device)
+        except ValueError as error:  # features that are no numbers: weights that are none
+            raise DataError(f"{fake.name} against {real.name}: {error}; check the network's file") from None
         if "colour" in wanted:
             columns = eyes.survey(real).columns, eyes.survey(fake).columns
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)

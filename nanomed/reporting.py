@@ -39,9 +39,10 @@ def page(outcome: Outcome) -> str:
 
 def comparison(runs: Mapping[str, Entries], lines: Mapping[str, Entries]) -> str:
     """compare.html: the lines of the common table, then every run in full."""
-    body = report.comparison(lines) + report.bullets(table.caveats(lines))
     details = [(run, report.measures(results)) for run, results in runs.items()]
-    return report.page(" against ".join(runs), "The best of every column is in bold.", [("All", body), *details])
+    return report.page(
+        " against ".join(runs), "The best of every column is in bold.", [("All", report.comparison(lines)), *details]
+    )
 
 
 def read_results(where: str) -> Entries:
@@ -90,6 +91,13 @@ def _rows(real: ImageSet, fake: ImageSet) -> Iterator[report.Row]:
     if real.labels and fake.labels:
         by_real, by_fake = _grouped([[x] for x in real.labels]), _grouped([[x] for x in fake.labels])
         chosen = [label for label in by_fake if label in by_real] or list(by_fake)
+    elif fake.prompts and not real.prompts:
+        by_fake = _grouped(fake.prompts)
+        for i, (prompt, rows) in enumerate(list(by_fake.items())[:ROWS]):
+            any_real = [row for row in range(i * STRIP, (i + 1) * STRIP) if row < len(real)]
+            pictures = _pictures(real, any_real), _pictures(fake, rows)
+            yield report.Row(prompt or "(no prompt)", *pictures, label="real, whose prompts are not known")
+        return
     elif fake.prompts:
         by_real, by_fake = _grouped(real.prompts), _grouped(fake.prompts)
         chosen = sorted(by_fake, key=lambda prompt: prompt not in by_real)  # those with real images first

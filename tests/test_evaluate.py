@@ -202,12 +202,12 @@ def test_kfd_is_the_frechet_distance_of_class_tokens(run, folders, tmp_path):
 
 
 def test_classifiers_are_trained_on_either_kind_of_image_and_tested_on_real_ones(run, folders, tmp_path):
-    for name in ("train", "test", "generated"):
+    for name, kind, suffix in (("train", "fake", "png"), ("generated", "fake", "png"), ("test", "real", "jpg")):
         for label in ("polyps", "cecum"):
             (tmp_path / name / label).mkdir(parents=True)
             for i in range(10):
-                source = folders / "fake" / f"{i + 10 * (label == 'cecum'):03d}.png"
-                shutil.copy(source, tmp_path / name / label / f"{i}.png")
+                source = folders / kind / f"{i + 10 * (label == 'cecum'):03d}.{suffix}"
+                shutil.copy(source, tmp_path / name / label / f"{i}.{suffix}")
     words = ["--real", tmp_path / "test", "--train", tmp_path / "train", "--fake", tmp_path / "generated"]
     results = run(*words, "--metrics", "classify", "--classifier", "tiny", inception=False)
     for trained in ("generated", "real"):
@@ -396,6 +396,18 @@ def test_what_cannot_be_measured_is_answered_in_one_line(run, folders, tmp_path,
     assert "\n" not in str(caught.value)
 
 
+def test_a_network_that_makes_no_numbers_is_answered_in_one_line(run, folders, tmp_path, monkeypatch):
+    made = features.inception_features
+
+    def broken(*arguments):
+        found, logits = made(*arguments)
+        return found.index_fill(0, torch.tensor([3]), torch.nan), logits
+
+    monkeypatch.setattr(features, "inception_features", broken)
+    with pytest.raises(DataError, match="features of image 3 are not finite.*check the network's file"):
+        run("--real", folders / "other", "--fake", folders / "fake", "--metrics", "fid", keep=tmp_path / "cache")
+
+
 def test_a_manifest_that_does_not_know_an_image_is_refused(run, folders, tmp_path):
     shutil.copytree(folders / "other", tmp_path / "fake")
     (tmp_path / "fake" / "manifest.jsonl").write_text('{"file": "000.jpg", "prompt": "a"}\n')
@@ -443,6 +455,17 @@ def test_held_out_images_say_how_near_is_chance_where_the_training_images_are_na
     entry = run(*words, inception=False)["copies of training images"]  # in pixels alone, and it says so
     assert entry["value"] == 0 and entry["n_real"] == 40 and entry["statistics"]["reference"] == "held-out images"
     assert "memorisation in pixels only" in capsys.readouterr().out
+
+
+def test_real_images_that_were_trained_on_are_not_taken_for_held_out(run, folders, tmp_path):
+    """All of them: then the training images are measured against each other. Most of them: too few are left."""
+    words = ["--fake", folders / "other", "--train", folders / "real", "--metrics", "memorisation"]
+    entry = run("--real", folders / "real", *words, inception=False)["copies of training images"]
+    assert entry["statistics"]["reference"].startswith("training images")
+    shutil.copytree(folders / "real", tmp_path / "mixed")
+    shutil.copy(folders / "fake" / "000.png", tmp_path / "mixed")
+    with pytest.raises(DataError, match="--metrics memorisation: 1 held-out images that are no training images"):
+        run("--real", tmp_path / "mixed", *words, inception=False)
 
 
 def test_scenes_drawn_to_their_prompts_are_faithful_and_others_are_not(run, tmp_path):

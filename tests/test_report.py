@@ -126,6 +126,8 @@ def test_classes_go_before_prompts_and_files_without_either_stand_in_order(outco
     assert [row.heading for row in by_class] == ["a", "b"]
     plain = list(reporting._rows(imagesets.replace(real, prompts=()), imagesets.replace(fake, prompts=())))
     assert [p.caption for p in plain[1].fake] == [fake.title(i) for i in range(4, 8)]
+    half = list(reporting._rows(imagesets.replace(real, prompts=()), fake))
+    assert [p.caption for p in half[1].real] == [real.title(i) for i in range(4, 8)] and "not known" in half[1].label
 
 
 def test_a_page_of_5000_large_images_is_a_small_file(tmp_path, outcome):

@@ -28,7 +28,7 @@ main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 12px 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 12px; }
 h3 { font-size: .95rem; font-weight: 600; margin: 0 0 8px; overflow-wrap: anywhere; }
-p { margin: 0 0 12px; max-width: 75ch; }
+p { margin: 0 0 12px; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 20px;
   margin-top: 20px; }
 .soft, figcaption, .legend { color: var(--soft); font-size: .85rem; }
@@ -45,7 +45,7 @@ ul { margin: 0; padding-left: 1.2em; } li { margin-bottom: 4px; overflow-wrap: a
 .verdict { border-left: 4px solid var(--soft); background: var(--tint); padding: 10px 14px; margin-bottom: 16px; }
 .verdict.alarm { border-color: #b3261e; background: #fdecea; }
 .verdict.clear { border-color: #2e7d4f; background: #e7f3ec; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 18px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 18px; }
 svg { width: 100%; height: auto; display: block; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; margin-top: 20px; }
 .pair { border: 1px solid var(--line); border-radius: 8px; padding: 8px; min-width: 0; }
@@ -94,6 +94,7 @@ class Row:
     heading: str
     real: Sequence[Picture]
     fake: Sequence[Picture]
+    label: str = "real"  # above the real ones
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -166,7 +167,8 @@ def comparison(runs: Mapping[str, table.Results]) -> str:
                 f'<td class="best"><b>{text(value)}</b></td>' if run in best[name] else f"<td>{text(value)}</td>"
             )
         lines.append(f"<tr><td>{text(run)}</td>{''.join(tds)}</tr>")
-    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>{"".join(lines)}</table></div>'
+    grid = f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>{"".join(lines)}</table></div>'
+    return f'{grid}<div class="soft below">{bullets(table.caveats(runs))}</div>'
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -193,9 +195,9 @@ def side_by_side(rows: Sequence[Row]) -> str:
     out = []
     for row in rows:
         sides = []
-        for name, label, pictures in (("real", "real", row.real), ("fake", "generated", row.fake)):
+        for name, label, pictures in (("real", row.label, row.real), ("fake", "generated", row.fake)):
             figures = "".join(map(_figure, pictures)) or '<span class="soft">none</span>'
-            sides.append(f'<div><div class="side {name}">{label}</div><div class="strip">{figures}</div></div>')
+            sides.append(f'<div><div class="side {name}">{text(label)}</div><div class="strip">{figures}</div></div>')
         out.append(f'<div class="row"><h3>{folded(row.heading)}</h3><div class="sides">{"".join(sides)}</div></div>')
     return "".join(out)
 
