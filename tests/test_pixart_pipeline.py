@@ -451,3 +451,14 @@ def test_a_trained_system_is_saved_and_read_again(form, folders, tmp_path):
     with torch.no_grad():
         images = [s.sample(PROMPTS, Draws(2), height=32, width=32, binning=False) for s in (system, again)]
     close(images[1], images[0], 1e-4)
+
+
+@pytest.mark.slow
+def test_the_published_shapes_without_a_file():
+    """For dry runs: 611 million weights of the transformer are drawn, T5's 4.8 billion take no memory."""
+    system = systems.build("pixart", random=True, dtype=torch.bfloat16)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in system.named_children()}
+    assert counts == dict(transformer=610_856_096, text_encoder=4_762_310_656, vae=83_653_863)
+    assert all(p.untyped_storage().nbytes() == 2 for p in system.text_encoder.parameters())
+    fields = system.example("transformer", 2, torch.device("cpu"))
+    assert fields["moments"].shape == (2, 8, 64, 64) and fields["prompt_embeds"].shape == (2, 120, 4096)

@@ -373,11 +373,11 @@ def build(
 
 
 def untrained(cls: type[PixArt], dtype: torch.dtype | None = None, **settings) -> PixArt:
-    """A system of XL/2's shapes without a file. T5-XXL's 4.8 billion weights are zeros, which take no memory until
-    they are used."""
+    """A system of XL/2's shapes without a file. T5-XXL's 4.8 billion weights are one zero, seen from everywhere: on
+    the CPU they take no memory."""
     dtype = dtype or torch.float32
-    t5 = weights.build(T5Encoder, T5Config())
-    weights.load(t5, {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in t5.state_dict().items()})
+    t5, zero = weights.build(T5Encoder, T5Config()), torch.zeros((), dtype=dtype)
+    weights.load(t5, {name: zero.expand(tensor.shape) for name, tensor in t5.state_dict().items()})
     tokenizer = train_unigram(["An endoscopic image of a polyp."], 100)
     return cls(tokenizer, PixArtTransformer().to(dtype), t5, AutoencoderKL().to(dtype), **settings)
 
