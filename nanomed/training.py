@@ -104,7 +104,7 @@ class Judge:
     def __init__(self, config, system, stage, run, valid: Table, rank: int, world: int, device: torch.device):
         self.config, self.system, self.stage, self.run = config, system, stage, run
         self.valid, self.rank, self.world, self.device = valid, rank, world, device
-        self.draws = system.draws(stage)
+        self.draws = system.uses_text(stage)
         self.distance, self.measure = None, "validation loss"
         if self.draws and config.score_images:
             from nanomed.metrics.features import frechet_to
@@ -145,8 +145,7 @@ class Judge:
     def _loss(self) -> float:
         """The training loss on held-out samples at fixed noise and timesteps, the ranks sharing the batches."""
         batch = min(self.config.batch, 32)
-        pairs = self.system.uses_text(self.stage)
-        held_out = Batches(self.valid.rows, self.system.size, batch, seed=0, pairs=pairs, augment=False)
+        held_out = Batches(self.valid.rows, self.system.size, batch, seed=0, pairs=self.draws, augment=False)
         total = count = 0
         for i in range(min(8, -(-len(held_out.items) // batch)))[self.rank :: self.world]:
             torch.manual_seed(runtime.seed_of("validation", i))

@@ -54,12 +54,8 @@ class System(nn.Module):
         return {}
 
     def uses_text(self, stage: str) -> bool:
-        """Whether a stage trains on (image, prompt) pairs; an autoencoder's sees images alone."""
+        """Whether a stage trains on (image, prompt) pairs and can be sampled; an autoencoder's sees images alone."""
         return stage != "vae"
-
-    def draws(self, stage: str) -> bool:
-        """Whether images can be drawn in a stage; else what it does is shown by `reconstruct`."""
-        return self.uses_text(stage)
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
