@@ -245,6 +245,14 @@ def test_images_are_cropped_as_diffusers_does(height, width):
     assert torch.equal(cropped(images, height, width), expected) and expected.shape[2:] == (height, width)
 
 
+def test_a_system_draws_the_size_it_trains_on(folders):
+    """Which need not be one of the published; another that is asked for goes through the published ones."""
+    system, noise = PixArt.published(folders["512"], size=64), Draws(1)
+    assert system.sample(["a"], noise, steps=1).shape == (1, 3, 64, 64)
+    assert system.sample(["a"], noise, steps=1, height=128, width=64).shape == (1, 3, 128, 64)
+    assert [tuple(x.shape[1:]) for x in noise.drawn] == [(4, 8, 8), (4, 88, 44)]
+
+
 def test_sizes_that_patches_do_not_fill_are_refused(folders):
     system = nanomed.load("pixart", weights=folders["512"])
     with pytest.raises(ValueError, match="72 x 64: sides must be multiples of 16"):

@@ -221,12 +221,14 @@ class PixArt(System):
     ) -> Tensor:
         """Draw one image for each prompt: (B, 3, height, width) in [0, 1].
 
-        `noise.randn` is asked once, for the initial latents. With `binning`, sizes that the network was not trained on
-        are drawn at the trained size of the nearest shape, and scaled and cropped: any height and width will do.
-        Without, they must be multiples of a patch's pixels.
+        `noise.randn` is asked once, for the initial latents. With `binning`, other sizes than `size` are drawn at the
+        published size of the nearest shape, and scaled and cropped: any height and width will do. Without, they must
+        be multiples of a patch's pixels.
         """
         height, width = height or self.size, width or self.size
-        drawn = binned(height, width, self.transformer.config.sample_size) if binning else (height, width)
+        drawn = height, width
+        if binning and drawn != (self.size, self.size):
+            drawn = binned(height, width, self.transformer.config.sample_size)
         x = noise.randn(*self.latent_size(*drawn))
         cond, null = self.conditions(prompts, negative_prompts, *drawn)
         denoise = guided(self.transformer, cond, null, self.guidance if guidance is None else guidance)
