@@ -39,6 +39,9 @@ class Config:
     alpha: float = 0.0  # the adapter's scale is alpha / rank; 0 = as large as the rank
     adapter: str = "lora"  # lora, rslora, dora or rsdora
     text_adapter: str = ""  # Med-Art: kind of T5's adapter, where not as --adapter; none: T5 is left alone
+    shard: bool = False  # Med-Art: each process of torchrun holds a share of T5's frozen weights (FSDP2)
+    offload: bool = False  # Med-Art: T5 that does not train leaves the GPU once its states are on disk
+    released: bool = False  # Kandinsky 2.2: the prior's loss as released, on the decoder's noise schedule
     hldf_every: int | None = None  # Med-Art: steps from one colour loss to the next, 0 = never; empty: the model's own
     hldf_keep: int = 0  # Med-Art: solver steps that keep their activations in it, for speed where there is memory
     hldf_last: int | None = None  # Med-Art: back-propagate it through the last solver steps alone; empty: through all
@@ -82,11 +85,15 @@ def main() -> int:
     options = {"size": config.size} if config.size else {}
     if config.snr_gamma:
         options["snr_gamma"] = config.snr_gamma
-    for name in ("text_adapter", "hldf_every", "hldf_keep", "hldf_last"):
-        if name in config.given:
-            if not config.model.startswith("medart"):
-                raise runtime.UsageError(f"--{name} is for Med-Art, not for {config.model}")
+    for name in ("text_adapter", "hldf_every", "hldf_keep", "hldf_last", "shard", "offload"):
+        if name in config.given and not config.model.startswith("medart"):
+            raise runtime.UsageError(f"--{name} is for Med-Art, not for {config.model}")
+        if name in config.given and name not in ("shard", "offload"):
             options[name] = getattr(config, name)
+    if config.released:
+        if not config.model.startswith("kandinsky2"):
+            raise runtime.UsageError(f"--released is for Kandinsky 2.2, not for {config.model}")
+        options["released"] = True
     if config.rank and config.precision == "bf16":  # what lies frozen below adapters is held in bf16
         options["dtype"] = torch.bfloat16
     system = systems.build(config.model, config.weights or None, random=config.dry_run, **options)
@@ -175,6 +182,8 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
     if config.rank:
         torch.manual_seed(runtime.seed_of(config.seed, "adapter", stage))  # the same start on every process
         system.adapt(stage, config.rank, config.alpha or None, config.adapter)
+    if config.shard and world > 1 and stage == "adapters":
+        system.shard(device)
     params = system.trainable(stage)
     if (missing := system.load_optional(stage, config.weights or None)) and rank == 0:
         print(missing)
