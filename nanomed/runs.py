@@ -87,7 +87,7 @@ class Run:
             raise runtime.UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
         decisive = ("model", "data", "seed", "batch", "accumulate", "world", "size", "valid", "views", "augment")
-        for name in (*decisive, "captions", "paraphrases", "strategy", "join"):
+        for name in (*decisive, "captions", "paraphrases", "strategy", "join", "places"):
             if before.get(name) != config.get(name):
                 raise runtime.UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "
@@ -101,19 +101,19 @@ class Run:
         run.update(status="running")
         return run
 
-    def begin_with(self, start: str | Path, stage: str, adapters: list[str]) -> None:
+    def begin_with(self, base: str | Path, stage: str, adapters: list[str]) -> None:
         """Take over the parts that another run has trained, but for the adapters (their folders) of the stage to come:
         that one is trained anew, on the same weights as there."""
-        if not is_run(start):
-            raise runtime.UsageError(f"--start {start}: not a run folder")
-        done = _read(Path(start) / "state.json")["stages"]
+        if not is_run(base):
+            raise runtime.UsageError(f"--base {base}: not a run folder")
+        done = _read(Path(base) / "state.json")["stages"]
         if self.rank == 0:
-            shutil.copytree(model_folder(start), self.folder / "model")
+            shutil.copytree(model_folder(base), self.folder / "model")
             for file in [file for name in adapters for file in (self.folder / "model" / name).glob("adapter_*")]:
                 file.unlink()
         runtime.barrier()
         below = [stage] if stage in done else []
-        self.update(start=str(start), below=below, stages=[other for other in done if other != stage])
+        self.update(base=str(base), below=below, stages=[other for other in done if other != stage])
 
     # ------------------------------------------------------------------------------------------------- progress
 
