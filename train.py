@@ -67,7 +67,7 @@ class Config:
     log_every: int = 50  # steps between lines of the log
     tensorboard: bool = False  # write the curves for TensorBoard too, where it is installed
     resume: str = ""  # "latest" or a run folder
-    start: str = ""  # a run whose trained parts this run of one --stage has below and beside its own
+    base: str = ""  # a run whose trained parts this run of one --stage has below and beside its own
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     cache: str = "runs/cache"  # where latents and text states are kept
     dry_run: bool = False  # print parameters, memory, time and disk, then stop
@@ -119,11 +119,11 @@ def main() -> int:
             raise runtime.UsageError(f"--resume latest: no run of {config.model} in {config.out}")
         run = runs.Run.resume(found, settings, world, rank)
     else:
-        if config.start and config.stage not in system.stages:
-            raise runtime.UsageError(f"--start {config.start}: say with --stage which one to train on top of it")
+        if config.base and config.stage not in system.stages:
+            raise runtime.UsageError(f"--base {config.base}: say with --stage which one to train on top of it")
         run = runs.Run.create(config.out, settings, rank)
-        if config.start:
-            run.begin_with(config.start, config.stage, [system.adapter_folder(p) for p in system.stages[config.stage]])
+        if config.base:
+            run.begin_with(config.base, config.stage, [system.adapter_folder(p) for p in system.stages[config.stage]])
     if rank == 0:
         print(f"{run.folder}: {config.model} on {len(train.rows)} images ({len(valid.rows)} held out), {device}")
 

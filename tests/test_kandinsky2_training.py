@@ -199,9 +199,9 @@ def test_the_papers_three_stages(run_train, folder, tmp_path):
     flags = ["--model", "kandinsky2", "--weights", str(folder), "--data", "toy:24", "--batch", "4",
              "--epochs", "0", "--steps", "2", "--save_every", "2", "--score_images", "0", "--lr", "0.05"]  # fmt: skip
     _, first = run_train(tmp_path / "1", *flags, "--stage", "decoder", "--rank", "2")
-    _, second = run_train(tmp_path / "2", *flags, "--stage", "prior", "--rank", "4", "--start", str(first))
+    _, second = run_train(tmp_path / "2", *flags, "--stage", "prior", "--rank", "4", "--base", str(first))
     _, third = run_train(
-        tmp_path / "3", *flags, "--stage", "decoder", "--rank", "8", "--adapter", "dora", "--start", str(second)
+        tmp_path / "3", *flags, "--stage", "decoder", "--rank", "8", "--adapter", "dora", "--base", str(second)
     )
     assert {p.name for p in (third / "model").iterdir()} == {"prior", "decoder", "system.json"}
     for name in ("prior", "decoder"):
@@ -229,11 +229,11 @@ def test_the_papers_three_stages(run_train, folder, tmp_path):
         ).abs().max() > 1e-3
 
 
-def test_start_needs_a_run_and_a_stage(run_train, tmp_path):
+def test_a_base_needs_to_be_a_run_and_a_stage_to_be_said(run_train, tmp_path):
     with pytest.raises(runtime.UsageError, match="say with --stage"):
-        run_train(tmp_path, *TINY, "--start", "nowhere")
+        run_train(tmp_path, *TINY, "--base", "nowhere")
     with pytest.raises(runtime.UsageError, match="nowhere: not a run folder"):
-        run_train(tmp_path, *TINY, "--stage", "prior", "--start", "nowhere")
+        run_train(tmp_path, *TINY, "--stage", "prior", "--base", "nowhere")
 
 
 # ------------------------------------------------------------------------------------------------------- the miniature
@@ -260,7 +260,7 @@ def test_the_miniature_trains_draws_and_is_adapted(run_train, base, tmp_path_fac
     assert images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
 
     code, tuned = run_train(
-        tmp_path / "a", *TINY, "--stage", "prior", "--rank", "4", "--lr", "0.05", "--start", str(run)
+        tmp_path / "a", *TINY, "--stage", "prior", "--rank", "4", "--lr", "0.05", "--base", str(run)
     )
     assert code == 0 and (tuned / "model" / "prior" / "adapter_config.json").is_file()
     whole = "model/prior/diffusion_pytorch_model.safetensors"
@@ -279,7 +279,7 @@ def test_stopped_in_the_middle_an_adapter_goes_on_exactly(run_train, base, tmp_p
         "4",
         "--steps",
         "4",
-        "--start",
+        "--base",
         str(trained(run_train, base, tmp_path_factory)),
     ]
     _, straight = run_train(tmp_path / "a", *flags)

@@ -66,9 +66,8 @@ class Tiny(Kandinsky2):
             parts[name] = make(**networks[name], **size)
         super().__init__(tokenizer, parts, (SCHEDULES[0], DECODER_SCHEDULE), published=False, **settings)
         self.networks = networks
-        with torch.no_grad():
-            for param in self.image_encoder.parameters():
-                param.mul_(SPREAD if param.dim() > 1 else 1.0)
+        for param in self.image_encoder.parameters():
+            param.detach().mul_(SPREAD if param.dim() > 1 else 1.0)
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         return {} if stage == "vae" else super().frozen(stage)
