@@ -188,6 +188,8 @@ def publish(outcome, config: Config) -> None:
     if outcome.nearest:
         lines = [json.dumps(pair) + "\n" for pair in reporting.nearest(outcome)]
         files.write_text(out / "nearest.jsonl", "".join(lines))
+    else:
+        (out / "nearest.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
     print(reporting.papers_tables(outcome), table.full(outcome.results), sep="\n\n", end="\n\n")
     if outcome.nearest:
         print(f"memorisation: {outcome.nearest.verdict}")

@@ -211,6 +211,7 @@ def test_columns_wrap_where_the_terminal_ends_and_sets_become_lines():
 
 def test_small_numbers_of_images_are_flagged():
     assert "biased upwards" in entries.small(2047, biased=True)["flag"] and entries.small(2048) == {}
+    assert "too few images for an interval" in entries.small(19)["flag"]
     results = {"FID": entry(2.0, n=50) | entries.small(50, biased=True)}
     assert "! FID: N = 50 is below 2,048" in table.full(results)
     assert "below 2,048" in report.measures(results)

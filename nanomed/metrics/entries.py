@@ -175,6 +175,7 @@ def small(n: int, biased: bool = False) -> dict:
     if n >= SMALL:
         return {}
     what = "biased upwards, compare at equal N and with the floor" if biased else "read it with its interval"
+    what = "too few images for an interval" if n < 2 * GROUPS else what
     return {"flag": f"N = {n:,} is below {SMALL:,}: {what}"}
 
 
