@@ -45,6 +45,7 @@ class Measured:
         self.real, self.fake, self.protocol, self.network = real, fake, protocol, network
         self.prefix, self.sure, self.seed = prefix, sure, seed
         self.n = min(len(real), len(fake))
+        self._neighbours: dict[str, tuple] | None = None  # of precision to coverage, once they were asked for
 
     def frechet(self, name: str = "FID") -> Entries:
         """The Frechet distance."""
@@ -75,7 +76,7 @@ class Measured:
             precision, recall = scores.precision_recall(a, b, K)
             return precision, recall, scores.f1(precision, recall)
 
-        return self._several(("precision", "recall", "F1"), values, f"k = {K}", K, (0.0, 1.0))
+        return self._of_neighbours(("precision", "recall", "F1"), values, K)
 
     def density_coverage(self) -> Entries:
         """Density and coverage."""
@@ -83,17 +84,22 @@ class Measured:
         def values(a: Tensor, b: Tensor) -> Sequence[float]:
             return scores.density_coverage(a, b, K_COVERAGE)
 
-        found = self._several(("density", "coverage"), values, f"k = {K_COVERAGE}", K_COVERAGE, (0.0, float("inf")))
-        if ends := found["coverage"].get("interval"):  # a share, where density is none
-            ends["high"] = min(ends["high"], 1.0)
-        return found
+        return self._of_neighbours(("density", "coverage"), values, K_COVERAGE)
 
-    def _several(self, names: Sequence[str], values: Callable, how: str, k: int, support: tuple) -> Entries:
-        entries = {name: self._entry(value, how) for name, value in zip(names, values(self.real, self.fake))}
-        if self.sure and self.n >= max(2 * GROUPS, 2 * k):
-            found = uncertainty.intervals(values, self.real, self.fake, groups=GROUPS, seed=self.seed, support=support)
-            for entry, ends in zip(entries.values(), found):
-                entry |= interval(ends, jackknife(GROUPS))
+    def _of_neighbours(self, names: Sequence[str], values: Callable, k: int) -> Entries:
+        """Entries of numbers that one pass over all distances gives, with their intervals."""
+        if self.sure and self.n >= 2 * GROUPS:
+            if self._neighbours is None:
+                self._neighbours = uncertainty.neighbour_intervals(
+                    self.real, self.fake, K, K_COVERAGE, GROUPS, seed=self.seed
+                )
+            found = [self._neighbours[name.lower()] for name in names]
+            entries = {
+                name: self._entry(value, f"k = {k}") | interval(ends, jackknife(GROUPS))
+                for name, (value, ends) in zip(names, found)
+            }
+        else:
+            entries = {name: self._entry(value, f"k = {k}") for name, value in zip(names, values(self.real, self.fake))}
         if self.sure and len(self.real) >= 2 * (k + 1):
             floors, used = uncertainty.floor(values, self.real, self.n, self.seed)
             for entry, value in zip(entries.values(), floors):
