@@ -111,7 +111,7 @@ def main() -> int:
         table = data.with_captions(table, config.captions)
     if config.paraphrases:
         table = data.with_paraphrases(table, config.paraphrases, config.strategy)
-    train, valid = table.split(config.valid, config.seed)
+    train, valid = table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
     settings = asdict(config) | {"world": world}
     if config.resume:
         found = runs.newest(config.out, config.model) if config.resume == "latest" else config.resume
