@@ -73,6 +73,10 @@ class Config:
     dry_run: bool = False  # print parameters, memory, time and disk, then stop
 
 
+IN_THE_LOOP = ("shard", "offload")  # what the loop asks of a system, not its constructor
+MODELS_OWN = (*IN_THE_LOOP, "snr_gamma", "text_adapter", "hldf_every", "hldf_keep", "hldf_last", "released")
+
+
 def main() -> int:
     config = runtime.parse(Config, presets=_common_recipe, description=__doc__)
     rank, world, device = runtime.init()
@@ -82,18 +86,7 @@ def main() -> int:
     from nanomed import data, runs, systems, training
 
     torch.manual_seed(config.seed)  # the same initial weights on every process
-    options = {"size": config.size} if config.size else {}
-    if config.snr_gamma:
-        options["snr_gamma"] = config.snr_gamma
-    for name in ("text_adapter", "hldf_every", "hldf_keep", "hldf_last", "shard", "offload"):
-        if name in config.given and not config.model.startswith("medart"):
-            raise runtime.UsageError(f"--{name} is for Med-Art, not for {config.model}")
-        if name in config.given and name not in ("shard", "offload"):
-            options[name] = getattr(config, name)
-    if config.released:
-        if not config.model.startswith("kandinsky2"):
-            raise runtime.UsageError(f"--released is for Kandinsky 2.2, not for {config.model}")
-        options["released"] = True
+    options = settings_of(config)
     if config.rank and config.precision == "bf16":  # what lies frozen below adapters is held in bf16
         options["dtype"] = torch.bfloat16
     system = systems.build(config.model, config.weights or None, random=config.dry_run, **options)
@@ -157,6 +150,18 @@ def main() -> int:
         print(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
     run.update(status="done")
     return 0
+
+
+def settings_of(config: Config) -> dict:
+    """The flags that are settings of the model itself, as far as they say something; UsageError for another model's."""
+    from nanomed import systems
+
+    own = systems.flags(config.model)
+    for name in config.given:
+        if name in MODELS_OWN and name not in own:
+            raise runtime.UsageError(f"--{name}: {config.model} has no such setting")
+    options = {name: getattr(config, name) for name in own if name in config.given or getattr(config, name)}
+    return {name: value for name, value in options.items() if name not in IN_THE_LOOP}
 
 
 def _common_recipe(model: str) -> dict:

@@ -39,6 +39,11 @@ def recipe(preset: str, stage: str = "") -> dict:
     return _file(preset).RECIPES[preset].get(stage, {})
 
 
+def flags(preset: str) -> tuple[str, ...]:
+    """The flags of train.py that are settings of a preset's system, not of its training."""
+    return _file(preset).FLAGS
+
+
 def load(
     name: str | Path,
     weights: str | None = None,

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanomed import weights
 from nanomed.autoencoders.movq import SpatialNorm
 from nanomed.systems.base import read_config
-from nanomed.systems.kandinsky2 import Kandinsky2
+from nanomed.systems.kandinsky2 import FLAGS, Kandinsky2  # noqa: F401
 from nanomed.systems.kandinsky2_parts import NETWORKS, SCHEDULES
 from nanomed.text.tokenizers import ClipTokenizer
 

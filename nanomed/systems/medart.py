@@ -54,6 +54,7 @@ RECIPES = {
         "adapters": dict(steps=200, batch=8, lr=1e-3, weight_decay=1e-2, ema=0.0, clip=1.0, rank=8, save_every=100),
     },
 }  # fmt: skip
+FLAGS = ("size", "snr_gamma", "text_adapter", "shard", "offload", "hldf_every", "hldf_keep", "hldf_last")
 
 
 class MedArt(PixArt):

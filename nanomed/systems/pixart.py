@@ -38,6 +38,7 @@ RECIPES = {
         "transformer": dict(steps=10_000, lr=1e-4, weight_decay=1e-2, clip=1.0, ema=0.0, rank=16),
     },
 }  # fmt: skip
+FLAGS = ("size", "snr_gamma")  # of train.py, that are settings of the constructor
 
 PARTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
