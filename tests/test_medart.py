@@ -403,7 +403,7 @@ def test_resume_is_bitwise_exact_across_hldf_steps(run_train, finished, tmp_path
 
 def test_flags_of_med_art_are_refused_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "msdm-tiny", "--hldf_every", "5"])
-    with pytest.raises(runtime.UsageError, match="--hldf_every is for Med-Art, not for msdm-tiny"):
+    with pytest.raises(runtime.UsageError, match="--hldf_every: msdm-tiny has no such setting"):
         train.main()
 
 
