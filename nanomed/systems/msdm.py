@@ -29,7 +29,7 @@ CLIP_L = "openai/clip-vit-large-patch14"
 TINY_TEXT = dict(vocab_size=0, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                  max_position_embeddings=64, hidden_act="quick_gelu")  # fmt: skip  # vocab_size: the tokenizer's
 TINY = dict(self_conditioning=False, prediction="sample", loss="mse", vae=dict(latent=4, channels=(16, 32, 64)),
-            text=TINY_TEXT, text_length=64, sampler="dpmpp", steps=16, guidance=3.0)  # fmt: skip
+            text=TINY_TEXT, text_length=64, sampler="dpmpp", steps=16, guidance=5.0)  # fmt: skip
 
 # What the constructor takes, and what train.py does with it stage by stage. The comment is what it must reach.
 PRESETS = {
