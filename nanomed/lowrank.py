@@ -155,12 +155,12 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        y = F.linear(rows, weight, bias)  # (N, out)
+        y = F.linear(x, weight, bias)  # (..., out), the very call that the layer makes without an adapter
         h = torch.mm(a.to(x.dtype), rows.t())  # (r, N)
-        y.addmm_(h.t(), b.to(x.dtype).t(), alpha=scale)
+        y.view(-1, y.shape[-1]).addmm_(h.t(), b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, h)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable

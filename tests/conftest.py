@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Networks here are tiny: a second thread gains nothing, and beside a busy neighbour it costs many times the time of one.
+# And one thread adds up in one order, so that what is to be equal to the bit is.
+torch.set_num_threads(1)
+
 # torchvision is a test oracle only (pytorch-fid and torch-fidelity import it). Its binary wheel brings operators for
 # CUDA builds of torch; beside a CPU build, its Python side imports once the operators it decorates are declared.
 _declared = []

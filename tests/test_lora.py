@@ -142,8 +142,9 @@ def test_outputs_and_gradients_are_those_of_peft(net, image, ours, theirs):
 
 @pytest.mark.parametrize("kind", lora.KINDS)
 def test_an_adapter_starts_as_nothing(net, image, kind):
-    """B = 0, so the network is what it was: exactly, but for DoRA, where m / |W| is 1 up to rounding."""
-    before = net(image)
+    """B = 0, so the network is what it was: exactly, but for DoRA, where m / |W| is 1 up to rounding. Frozen before as
+    after: PyTorch chooses the order of a product's sums by whether its factors want gradients."""
+    before = net.requires_grad_(False)(image)
     lora.inject(net, 4, targets=TARGETS, kind=kind)
     after = net(image)
     close(after, before, 1e-6 if "dora" in kind else 0.0)

@@ -130,7 +130,7 @@ def test_the_zip_is_the_same_bytes_every_time(draw, tmp_path):
 
 def test_guidance_steps_negative_prompts_and_minmax_change_the_image(draw, tmp_path):
     base = draw(tmp_path / "base", prompts=PROMPTS[:1])
-    for i, change in enumerate(({"guidance": 5.0}, {"steps": 3}, {"negative": PROMPTS[1]}, {"minmax": True})):
+    for i, change in enumerate(({"guidance": 2.0}, {"steps": 3}, {"negative": PROMPTS[1]}, {"minmax": True})):
         assert draw(tmp_path / str(i), prompts=PROMPTS[:1], **change) != base
     stretched = np.asarray(Image.open(tmp_path / "3" / "00000.png"))
     assert stretched.min() == 0 and stretched.max() == 255

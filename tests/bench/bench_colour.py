@@ -121,6 +121,7 @@ def main() -> None:
                               threads=1).items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the adapters")
+    parser.add_argument("--guidance", type=float, default=1.5, help="of all drawing, that of HLDF too")
     parser.add_argument("--base", type=Path, help="folder of the base model")
     parser.add_argument("--picture", type=Path, help="where to write samples of all models side by side")
     config = parser.parse_args()
@@ -147,6 +148,7 @@ def main() -> None:
         print(f"{name:28} colour {drift['hldf']:.5f}  saturation {drift['saturation_w1']:.4f}  frechet {frechet:.2f}")
 
     base = base_model(config, wrong, right)
+    base.guidance = config.guidance
     judged("base, colours wrong", draw(base, prompts), 0.0)
     for name, every in (("fine-tuned", 0), (f"fine-tuned, HLDF N = {config.every}", config.every)):
         system = copy.deepcopy(base)
