@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Networks here are tiny: a second thread gains nothing, and beside a busy neighbour it costs many times the time of one.
+# Networks here are tiny: a second thread gains nothing, and beside a busy neighbour it costs many times as much time.
 # And one thread adds up in one order, so that what is to be equal to the bit is.
 torch.set_num_threads(1)
 
