@@ -53,8 +53,9 @@ class Diffusion:
     alphas_cumprod: Tensor = field(init=False, repr=False)  # (length,) float32
 
     def __post_init__(self) -> None:
-        self.betas = self._betas().float()  # rounded before the product, as every published scheduler does
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        with torch.device("cpu"):  # a system that is built on the meta device has its schedule all the same
+            self.betas = self._betas().float()  # rounded before the product, as every published scheduler does
+            self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._on_device: dict[torch.device, Tensor] = {}
 
     @classmethod

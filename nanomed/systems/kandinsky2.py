@@ -33,7 +33,7 @@ RECIPES = {
         "": dict(data="toy", augment=False, views=1, epochs=100.0, batch=64, lr=1e-4, clip=1.0, ema=0.0, rank=128),
     },
 }
-FLAGS = ("size", "snr_gamma", "released")  # of train.py, that are settings of the constructor
+FLAGS = ("size", "snr_gamma", "released")
 
 
 class Kandinsky2(System):
