@@ -187,8 +187,7 @@ class Kandinsky2(System):
     def imagine(
         self, prompts: list[str], noise: Noise, steps: int, guidance: float, negative_prompts: list[str] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The prior: image embeddings (B, E) of prompts, and those to guide away from. A negative prompt is imagined
-        like a prompt, beside it; without any, the null is the embedding of no image."""
+        """The prior: embeddings (B, E) of prompts, and those to guide away from: imagined too, or that of no image."""
         pairs = list(zip(prompts, negative_prompts)) if negative_prompts else [(prompt,) for prompt in prompts]
         each = len(pairs[0])
         away = [pair[-1] if negative_prompts else "" for pair in pairs for _ in pair]
@@ -228,16 +227,14 @@ class Kandinsky2(System):
 
 
 def load_published(weights_folder: str | None = None, dtype: torch.dtype | None = None, **options) -> Kandinsky2:
-    """Kandinsky 2.2 from its two repositories, which `weights_folder` holds or `weights.find` finds; fp32 by default.
-    Shapes and schedules are those of the repositories' own files."""
+    """Kandinsky 2.2 from its two repositories, in `weights_folder` or where `weights.find` finds them; fp32 by default."""
     return Kandinsky2(*kandinsky2_parts.published(weights_folder, dtype or torch.float32), **options).eval()
 
 
 def build(
     preset: str, weights_folder: str | None = None, random: bool = False, dtype: torch.dtype | None = None, **options
 ) -> Kandinsky2:
-    """Kandinsky 2.2 to be tuned. `random` builds the published shapes without files, of zeros, which take no memory
-    until they are used (dry runs)."""
+    """Kandinsky 2.2 to be tuned; `random` has the published shapes and zeros for weights (dry runs)."""
     settings = PRESETS[preset] | options
     if random:
         return Kandinsky2(*kandinsky2_parts.zeros(dtype or torch.float32), **settings)
