@@ -227,7 +227,7 @@ class Kandinsky2(System):
 
 
 def load_published(weights_folder: str | None = None, dtype: torch.dtype | None = None, **options) -> Kandinsky2:
-    """Kandinsky 2.2 from its two repositories, in `weights_folder` or where `weights.find` finds them; fp32 by default."""
+    """Kandinsky 2.2 from its two repositories, in `weights_folder` or the usual places; fp32 by default."""
     return Kandinsky2(*kandinsky2_parts.published(weights_folder, dtype or torch.float32), **options).eval()
 
 
