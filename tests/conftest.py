@@ -6,10 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-# Networks here are tiny: a second thread gains nothing, and beside a busy neighbour it costs many times as much time.
-# And one thread adds up in one order, so that what is to be equal to the bit is.
-torch.set_num_threads(1)
-
 # torchvision is a test oracle only (pytorch-fid and torch-fidelity import it). Its binary wheel brings operators for
 # CUDA builds of torch; beside a CPU build, its Python side imports once the operators it decorates are declared.
 _declared = []
@@ -23,6 +19,12 @@ for _operator in (
     except RuntimeError:  # this torchvision matches this torch and has declared it itself
         pass
     _declared.append(_library)
+
+
+def pytest_configure() -> None:
+    """Networks here are tiny: a second thread gains nothing, and beside a busy neighbour it costs many times as much
+    time. And one thread adds up in one order, so that what is to be equal to the bit is."""
+    torch.set_num_threads(1)
 
 
 def close(out: torch.Tensor, ref: torch.Tensor, tolerance: float) -> None:
