@@ -163,6 +163,7 @@ def network(batch: int, repeats: int) -> None:
     """pytorch-fid's network and ours with the same random weights and inputs."""
     peer = random_inception()
     x = torch.from_numpy(np.stack(pictures(batch, (299, 299), 0))).permute(0, 3, 1, 2) / 127.5 - 1
+    x = x.contiguous()  # channels first, as torchvision's ToTensor and so pytorch-fid have it
     ours = inception.Inception()
     ours.load_state_dict(peer.state_dict())
     ours.requires_grad_(False).fast()
