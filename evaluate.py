@@ -42,10 +42,6 @@ class Config:
     stand_in: str = ""  # train the toy world's classifier, write it to this file and stop
 
 
-METRICS = ("fid", "kid", "is", "pr", "dc", "kfd", "hfd", "memorisation", "colour", "faithfulness", "classify")
-PROTOCOLS = ("tf", "pytorch-fid", "clean", "torchmetrics", "imageclef2024")
-
-
 def main() -> None:
     config = runtime.parse(Config, gathered(sys.argv[1:]), description=__doc__)
     if config.stand_in:
@@ -92,15 +88,19 @@ def gathered(words: list[str]) -> list[str]:
 
 def chosen(config: Config) -> tuple[str, ...]:
     """The metrics to measure."""
+    from nanomed.measuring import METRICS, ORGANISERS
+    from nanomed.metrics.features import PROTOCOLS
+
+    protocols = (*PROTOCOLS, ORGANISERS)
     config.protocol = "torchmetrics" if config.protocol == "torchmetrics>=1.8" else config.protocol
-    if config.protocol not in PROTOCOLS:
-        raise runtime.UsageError(f"--protocol {config.protocol}: choose among {', '.join(PROTOCOLS)}")
+    if config.protocol not in protocols:
+        raise runtime.UsageError(f"--protocol {config.protocol}: choose among {', '.join(protocols)}")
     if config.paper not in ("", "mmcp", "medart"):
         raise runtime.UsageError(f"--paper {config.paper}: choose mmcp or medart")
     asked = tuple(name.strip() for name in config.metrics.split(",") if name.strip())
     if unknown := [name for name in asked if name not in METRICS]:
         raise runtime.UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
-    if config.protocol == "imageclef2024" and (foreign := {"kid", "pr", "dc"} & set(asked)):
+    if config.protocol == ORGANISERS and (foreign := {"kid", "pr", "dc"} & set(asked)):
         raise runtime.UsageError(f"--metrics {min(foreign)}: the protocol imageclef2024 has fid and is alone")
     return asked
 

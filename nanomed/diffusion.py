@@ -7,7 +7,6 @@ which timesteps a sampler visits, and whether the estimate of x_0 is clamped. It
 `self_conditioned` are closures around a network; samplers (samplers.py) call the closure and know neither.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanomed.weights import WeightsError
+from nanomed.weights import WeightsError, settings
 
 Cond = dict[str, Tensor]  # what a denoiser is conditioned on, batch first: denoiser(x, t, **cond)
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t, t int64 (B,)) -> the network's prediction
@@ -66,12 +65,7 @@ class Diffusion:
         """
         path = Path(path)
         path = path / "scheduler_config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise WeightsError(f"{path} is missing: it says which noise the weights beside it were trained with")
-        try:
-            return cls.from_settings(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except json.JSONDecodeError as error:
-            raise WeightsError(f"{path}: not one of {', '.join(PUBLISHED)} ({error})") from error
+        return cls.from_settings(settings(path, "a scheduler"), str(path))
 
     @classmethod
     def from_settings(cls, stated: dict, where: str) -> "Diffusion":

@@ -165,11 +165,12 @@ def configured(
 
 
 def settings(path: str | Path, what: str) -> dict:
-    """What a published `config.json` says, given the file or its folder. Raises WeightsError."""
+    """What a published JSON file says; of a folder, its `config.json`. Messages say `what` it must describe. Raises
+    WeightsError."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise WeightsError(f"{path} is missing: it says which network the weights beside it are, {what} here")
+        raise WeightsError(f"{path} is missing: it is to describe {what}")
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(stated, dict):

@@ -4,7 +4,6 @@ kandinsky-2-2-prior/     prior/ text_encoder/ image_encoder/ tokenizer/ schedule
 kandinsky-2-2-decoder/   unet/ movq/ scheduler/
 """
 
-import json
 from collections.abc import Callable
 from inspect import signature
 from mmap import mmap
@@ -72,21 +71,16 @@ def _read(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
     elif name == "image_encoder":
         module = weights.build(ClipVision, ClipVisionConfig.from_json(folder))
     else:
-        module = weights.build(NETWORKS[name], **_settings(folder / "config.json", NETWORKS[name], KNOWN[name]))
+        module = weights.build(NETWORKS[name], **_settings(folder, NETWORKS[name], KNOWN[name]))
     return weights.load(module, weights.read(folder, PARTS[name], dtype=dtype))
 
 
-def _settings(path: Path, make: Callable, known: dict) -> dict:
-    """What a `config.json` says about the arguments of `make`."""
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: it says which network the weights beside it are")
-    try:
-        stated = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise WeightsError(f"{path}: not a configuration ({error})") from error
+def _settings(folder: Path, make: Callable, known: dict) -> dict:
+    """What a folder's `config.json` says about the arguments of `make`."""
+    stated = weights.settings(folder, f"a {make.__name__}")
     for name, value in known.items():
         if stated.get(name, value) != value:
-            raise WeightsError(f"{path}: {name} is {stated[name]!r}, where Kandinsky 2.2 has {value!r}")
+            raise WeightsError(f"{folder}: {name} is {stated[name]!r}, where Kandinsky 2.2 has {value!r}")
     return {name: stated[name] for name in signature(make).parameters if name in stated}
 
 

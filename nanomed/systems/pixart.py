@@ -11,7 +11,6 @@ Every shape and the noise schedule are read from the folder's own files, so that
 load alike. Med-Art (medart.py) is a fine-tuning recipe of this system.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -332,8 +331,8 @@ def read_scheduler(folder: str | Path) -> dict:
     Raises WeightsError where it is missing or damaged, or asks for another sampler than DPM-Solver++ 2M.
     """
     path = Path(folder) / "scheduler_config.json"
-    Diffusion.from_json(path)
-    stated = json.loads(path.read_text(encoding="utf-8"))
+    stated = weights.settings(path, "a scheduler")
+    Diffusion.from_settings(stated, str(path))
     if stated["_class_name"] != SOLVER:
         raise WeightsError(f"{path}: PixArt is sampled by {SOLVER}, not by {stated['_class_name']}")
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
