@@ -57,6 +57,7 @@ class Config:
     dropout: float | None = None  # share of training prompts replaced by ""; empty: the model's own
     join: int = 1  # up to this many prompts of an image in one, drawn anew every time
     places: float = 0.0  # share of samples whose prompt says where something is, beyond those that chance draws
+    places_first: int = 0  # steps at the start, in which that share is all of them
     valid: float = 0.1  # share of the images held out, by image
     save_every: int = 1000  # steps between checkpoints, each with a validation and a grid
     keep: int = 2  # checkpoints kept, besides the best

@@ -87,8 +87,8 @@ class Run:
             raise runtime.UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
         decisive = ("model", "data", "seed", "batch", "accumulate", "world", "size", "valid", "views", "augment")
-        more = ("captions", "paraphrases", "strategy", "join", "places", "dropout", "rank", "alpha", "adapter")
-        for name in (*decisive, *more, "released"):
+        more = ("captions", "paraphrases", "strategy", "join", "places", "places_first", "dropout")
+        for name in (*decisive, *more, "rank", "alpha", "adapter", "released"):
             if before.get(name) != config.get(name):
                 raise runtime.UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "

@@ -50,6 +50,7 @@ def batches(config, system, stage: str, table: Table, rank: int, world: int, dev
         replace=replace,
         join=config.join if pairs else 1,
         places=config.places if pairs else 0.0,
+        places_first=config.places_first * config.accumulate if pairs else 0,
         jitter=system.jitter,
     )
 

@@ -382,3 +382,13 @@ def test_prompts_that_name_a_place_can_be_drawn_more_often(toy_rows):
     assert all(" located in " in prompt for prompt in drawn)
     silent = [replace(row, prompts=("Generate an image with no polyps.",)) for row in toy_rows]
     assert set(batches.Batches(silent, 32, 8, seed=3, places=1.0)[0]["prompt"]) == {"Generate an image with no polyps."}
+
+
+def test_places_come_first_for_as_many_steps_as_asked(toy_rows):
+    """On both ranks alike, and by the number of the step, so that a run which goes on at step 3 does the same."""
+    for rank in (0, 1):
+        early = batches.Batches(toy_rows, 32, 32, seed=3, rank=rank, world=2, places_first=2)
+        named = [[" located in " in prompt for prompt in early[step]["prompt"]] for step in (2, 1, 0)]
+        assert all(named[1]) and all(named[2]) and sum(named[0]) < 16
+        plain = batches.Batches(toy_rows, 32, 32, seed=3, rank=rank, world=2)
+        assert plain[2]["prompt"] == early[2]["prompt"]

@@ -26,10 +26,10 @@ from nanomed.text.clip import ClipText, ClipTextConfig
 from nanomed.text.tokenizers import ClipTokenizer
 
 CLIP_L = "openai/clip-vit-large-patch14"
-TINY_TEXT = dict(vocab_size=0, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+TINY_TEXT = dict(vocab_size=0, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
                  max_position_embeddings=64, hidden_act="quick_gelu")  # fmt: skip  # vocab_size: the tokenizer's
 TINY = dict(self_conditioning=False, prediction="sample", loss="mse", vae=dict(latent=4, channels=(16, 32, 64)),
-            text=TINY_TEXT, text_length=64, sampler="dpmpp", steps=16, guidance=5.0)  # fmt: skip
+            text=TINY_TEXT, text_length=32, sampler="dpmpp", steps=16, guidance=6.0)  # fmt: skip
 
 # What the constructor takes, and what train.py does with it stage by stage. The comment is what it must reach.
 PRESETS = {
@@ -42,8 +42,8 @@ PRESETS = {
     "msdm-tiny-64": TINY | dict(size=64, unet=dict(channels=(32, 32, 32, 112), dim=128, dropout=0.0, groups=8,
                                                    places=16)),
 }  # fmt: skip
-TINY_UNET = dict(batch=32, lr=1.5e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, dropout=0.1, views=1, join=3,
-                 places=0.5, score_images=0)  # fmt: skip
+TINY_UNET = dict(batch=32, lr=1.5e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, dropout=0.1, views=1,
+                 places=0.3, score_images=0)  # fmt: skip
 RECIPES = {
     "msdm": {  # facts of the released scripts: Adam for the VAE, AdamW without decay for the U-Net
         "": dict(data="toy", augment=True),
@@ -54,12 +54,12 @@ RECIPES = {
     "msdm-tiny": {
         "": dict(data="toy:2000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
         "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
-        "unet": TINY_UNET | dict(steps=1500, save_every=500),
+        "unet": TINY_UNET | dict(steps=1700, save_every=850, places_first=400),
     },
     "msdm-tiny-64": {  # forty minutes on one CPU core
         "": dict(data="toy:4000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
         "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
-        "unet": TINY_UNET | dict(steps=4000, save_every=500),
+        "unet": TINY_UNET | dict(steps=6000, save_every=1000, places_first=600),
     },
 }  # fmt: skip
 FLAGS = ("size", "snr_gamma")  # of train.py, that are settings of the constructor

@@ -4,9 +4,10 @@
     python tests/bench/bench_colour.py --base FOLDER         keep the base model there, or take it from there
     python tests/bench/bench_colour.py --picture FILE.png    and the same prompts and noise under each model
 
-A small PixArt and a small T5 learn the toy world with too much saturation and contrast (their autoencoder has seen
-both versions, as a published one has seen everything). Then they are fine-tuned with adapters on images as they are,
-once with HLDF and once without: the same start, data, order and number of steps. Columns:
+A small PixArt and a small T5 learn the toy world, and then drift: they go on for a while on images with too much
+saturation and contrast. (Their autoencoder has seen both, as a published one has seen everything.) From there they are
+fine-tuned with adapters on images as they are, once with HLDF and once without: the same start, data, order and number
+of steps. Columns:
 
     colour     eq. 4 between the averages of drawn and real images' channel means and standard deviations
     frechet    Frechet distance of the toy classifier's features to real images (not an FID)
@@ -85,7 +86,7 @@ def train(system, stage: str, batch, steps: int, lr: float, decay: float = 0.0) 
 
 
 def base_model(config: argparse.Namespace, wrong: Scenes, right: Scenes):
-    """The tiny Med-Art before its adapters: an autoencoder of both worlds, a denoiser of the wrong one."""
+    """The tiny Med-Art before its adapters: an autoencoder of both worlds, a denoiser that left one for the other."""
     if config.base and (config.base / "system.json").is_file():
         return systems.load(config.base)
     torch.manual_seed(0)
@@ -98,7 +99,8 @@ def base_model(config: argparse.Namespace, wrong: Scenes, right: Scenes):
     train(system, "vae", both, config.vae_steps, 2e-3)
     with torch.no_grad():
         system.finish("vae", (both(step)["image"] for step in range(20)))
-    train(system, "base", lambda step: wrong.batch(32, "base", step, dropout=0.1), config.base_steps, 1e-3)
+    train(system, "base", lambda step: right.batch(32, "base", step, dropout=0.1), config.base_steps, 1e-3)
+    train(system, "base", lambda step: wrong.batch(32, "drift", step, dropout=0.1), config.drift_steps, 3e-4)
     if config.base:
         system.save(config.base)
     return system
@@ -117,8 +119,8 @@ def draw(system, prompts: list[str], batch: int = 32) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(images=1500, vae_steps=250, base_steps=700, steps=100, batch=8, every=2, draws=256,
-                              threads=1).items():  # fmt: skip
+    numbers = dict(images=1500, vae_steps=250, base_steps=1500, drift_steps=150, steps=100, batch=8, every=2)
+    for name, default in (numbers | dict(draws=256, threads=1)).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the adapters")
     parser.add_argument("--guidance", type=float, default=1.5, help="of all drawing, that of HLDF too")
