@@ -30,7 +30,7 @@ from nanomed.autoencoders.kl import AutoencoderKL
 from nanomed.data import DataError
 from nanomed.denoisers.pixart import PixArtTransformer
 from nanomed.diffusion import guided
-from nanomed.systems.medart import PRESETS, MedArt
+from nanomed.systems.medart import PRESETS, MedArt, tiny_tokenizer
 from nanomed.text.t5 import T5Config, T5Encoder
 
 SMALL = dict(transformer=dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, sample_size=8, patch_size=2,
@@ -249,6 +249,20 @@ def test_dora_on_t5_alone():
     assert all(
         layer.lora_magnitude_vector is None for layer in system.transformer.modules() if hasattr(layer, "lora_A")
     )
+
+
+def test_what_learns_to_read_here_reads_in_training_what_it_is_asked():
+    """Prompts are lower-cased for drawing (the published pipeline) and not for training (the published script). A T5 of
+    thousands of books does not care; one that has seen the toy world's prompts alone would meet words it never learned.
+    """
+    system = small()
+    asked, learned = (encode(["Generate an image with 1 polyp. "]) for encode in (system.encode_text, system.states))
+    assert torch.equal(asked["prompt_embeds"], learned["prompt_embeds"])
+    words = tiny_tokenizer(512)(["generate an image with 1 polyp."], length=24)[1].sum()
+    assert words <= 8  # a piece a word, the full stop and the end; else letters
+    system.base = "published"
+    learned = system.states(["Generate an image with 1 polyp. "])
+    assert not torch.equal(asked["prompt_embeds"], learned["prompt_embeds"])
 
 
 def test_an_unknown_kind_of_adapter_is_refused():

@@ -146,6 +146,8 @@ class MedArt(PixArt):
             lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
     def states(self, prompts: list[str]) -> Cond:
+        if not self.base:  # what learns to read here learns it as it is asked in `encode_text`
+            prompts = [prompt.lower() for prompt in prompts]
         device = next(self.transformer.parameters()).device
         return {name: tensor.to(device) for name, tensor in super().states(prompts).items()}  # T5 may be elsewhere
 
@@ -284,8 +286,8 @@ class MedArt(PixArt):
 
 
 def tiny_tokenizer(pieces: int) -> T5Tokenizer:
-    """The words of the toy world's prompts, and every letter for other words."""
-    return train_unigram([*grammar.all_prompts(), *string.printable], pieces - 100)
+    """The words of the toy world's prompts in small letters, and every letter for other words."""
+    return train_unigram([*(prompt.lower() for prompt in grammar.all_prompts()), *string.printable], pieces - 100)
 
 
 def build(
