@@ -56,7 +56,7 @@ RECIPES = {
         "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
         "unet": TINY_UNET | dict(steps=1700, save_every=850, places_first=400),
     },
-    "msdm-tiny-64": {  # forty minutes on one CPU core
+    "msdm-tiny-64": {  # about forty minutes on one CPU core
         "": dict(data="toy:4000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
         "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
         "unet": TINY_UNET | dict(steps=6000, save_every=1000, places_first=600),
