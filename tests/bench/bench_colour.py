@@ -6,8 +6,9 @@
 
 A small PixArt and a small T5 learn the toy world. Then the decoder of their autoencoder is trained on with images that
 have half as much saturation again and more contrast, while its encoder stays: latents are right, pixels are wrong. That
-is the case which the loss on noise cannot mend, whatever the data, because it ends at the latents. From there adapters
-are fine-tuned on images as they are, once with HLDF and once without: the same start, data, order and number of steps.
+is the case which the loss on noise cannot mend, whatever the data, because it ends at the latents. (The autoencoder has
+seen images of both kinds before, as a published one has seen everything.) From there adapters are fine-tuned on images
+as they are, once with HLDF and once without: the same start, data, order and number of steps.
 
     colour     eq. 4 between the averages of drawn and real images' channel means and standard deviations
     saturation Wasserstein-1 distance between the saturations of all pixels
@@ -94,9 +95,15 @@ def base_model(config: argparse.Namespace, wrong: Scenes, right: Scenes):
         return systems.load(config.base)
     torch.manual_seed(0)
     system = systems.build("medart-tiny").to(memory_format=torch.channels_last)
-    train(system, "vae", lambda step: right.batch(24, "vae", step), config.vae_steps, 3e-3)
+
+    def both(step: int) -> dict:
+        return {
+            "image": torch.cat([scenes.batch(12, "vae", step, i)["image"] for i, scenes in enumerate((right, wrong))])
+        }
+
+    train(system, "vae", both, config.vae_steps, 3e-3)
     with torch.no_grad():
-        system.finish("vae", (right.batch(32, "vae", step)["image"] for step in range(20)))
+        system.finish("vae", (both(step)["image"] for step in range(20)))
 
     def described(step: int) -> dict:
         return right.batch(32, "base", step, dropout=0.1, places=1.0 if step < config.base_steps // 5 else 0.3)
@@ -138,7 +145,7 @@ def draw(system, prompts: list[str], batch: int = 32) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = dict(images=1500, vae_steps=900, base_steps=1500, steps=150, batch=8, every=1, draws=256, threads=1)
+    numbers = dict(images=1500, vae_steps=900, base_steps=1500, steps=100, batch=8, every=1, draws=256, threads=1)
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the adapters")
