@@ -86,9 +86,12 @@ class Run:
         if not is_run(folder):
             raise runtime.UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
-        decisive = ("model", "data", "seed", "batch", "accumulate", "world", "size", "valid", "views", "augment")
-        more = ("captions", "paraphrases", "strategy", "join", "places", "places_first", "dropout")
-        for name in (*decisive, *more, "rank", "alpha", "adapter", "released"):
+        decisive = (
+            *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "released"),
+            *("data", "size", "valid", "views", "augment", "captions", "paraphrases", "strategy", "join"),
+            *("places", "places_first", "dropout"),
+        )
+        for name in decisive:
             if before.get(name) != config.get(name):
                 raise runtime.UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "

@@ -42,6 +42,7 @@ PRESETS = {
     "msdm-tiny-64": TINY | dict(size=64, unet=dict(channels=(32, 32, 32, 112), dim=128, dropout=0.0, groups=8,
                                                    places=16)),
 }  # fmt: skip
+TINY_VAE = dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200)
 TINY_UNET = dict(batch=32, lr=1.5e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, dropout=0.1, views=1,
                  places=0.3, score_images=0)  # fmt: skip
 RECIPES = {
@@ -53,12 +54,12 @@ RECIPES = {
     # The best checkpoint by validation loss: between Frechet distances of 64 images chance decides.
     "msdm-tiny": {
         "": dict(data="toy:2000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
-        "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
+        "vae": TINY_VAE,
         "unet": TINY_UNET | dict(steps=1700, save_every=850, places_first=400),
     },
     "msdm-tiny-64": {  # about forty minutes on one CPU core
         "": dict(data="toy:4000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
-        "vae": dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200),
+        "vae": TINY_VAE,
         "unet": TINY_UNET | dict(steps=6000, save_every=1000, places_first=600),
     },
 }  # fmt: skip

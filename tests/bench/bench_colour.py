@@ -97,9 +97,8 @@ def base_model(config: argparse.Namespace, wrong: Scenes, right: Scenes):
     system = systems.build("medart-tiny").to(memory_format=torch.channels_last)
 
     def both(step: int) -> dict:
-        return {
-            "image": torch.cat([scenes.batch(12, "vae", step, i)["image"] for i, scenes in enumerate((right, wrong))])
-        }
+        halves = [scenes.batch(12, "vae", step, i) for i, scenes in enumerate((right, wrong))]
+        return {"image": torch.cat([half["image"] for half in halves])}
 
     train(system, "vae", both, config.vae_steps, 3e-3)
     with torch.no_grad():
