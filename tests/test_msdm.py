@@ -1,14 +1,18 @@
 """MSDM's networks, loss and sampling: golden tensors of the released modules, the paper's parameter table, and what
 the corrected self-conditioning and guidance must do."""
 
+import copy
+
 import pytest
 import torch
 from conftest import close
 from manifests import names_and_shapes
 from safetensors.torch import load_file
 
+from nanomed import lora
 from nanomed.autoencoders.losses import VGGDistance, ssim
 from nanomed.autoencoders.msdm import MSDMVAE
+from nanomed.convolution import convolve
 from nanomed.denoisers.msdm import MSDMUNet
 
 
@@ -34,6 +38,58 @@ def test_unet_equals_the_released_module(unet, unet_record):
     r = unet_record
     close(unet.time_embedder(r["t"], torch.float32), r["time_emb"], 1e-5)
     close(unet(r["x"], r["t"], r["c"], r["mask"]), r["y"], 1e-5)
+    last = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # then small maps are matrix products
+    x = r["x"].contiguous(memory_format=torch.channels_last)
+    close(last(x, r["t"], r["c"], r["mask"]), r["y"], 1e-5)
+
+
+LAST = torch.channels_last
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The calls of F.linear, counted."""
+    calls, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *tensors: calls.append(1) or linear(*tensors))
+    return calls
+
+
+@pytest.mark.parametrize("options", [dict(kernel_size=1), dict(kernel_size=3, padding=1, bias=False)])
+def test_a_small_map_is_convolved_as_a_matrix_product(options, products):
+    """Value and all gradients equal the convolution's in float64 to 1e-12, and nothing changes its place in memory: a
+    gradient lies as its weight does, or the optimizer would copy it."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(64, 24, **options).double().to(memory_format=LAST)
+    x = torch.randn(2, 64, 4, 5, dtype=torch.float64).contiguous(memory_format=LAST).requires_grad_()
+    out, ref = convolve(conv, x), conv(x)
+    assert len(products) == 1 and out.is_contiguous(memory_format=LAST)
+    close(out, ref, 1e-12)
+    grad, tensors = torch.randn_like(ref), [x, *conv.parameters()]
+    for got, expected in zip(torch.autograd.grad(out, tensors, grad), torch.autograd.grad(ref, tensors, grad)):
+        close(got, expected, 1e-12)
+    convolve(conv, x).backward(grad)
+    assert conv.weight.grad.is_contiguous(memory_format=LAST)
+
+
+def test_other_convolutions_are_left_to_the_library(products):
+    """Channels that come first, maps of as many positions as channels, strides, other paddings, adapted layers."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 4, 4)
+    last, square = x.contiguous(memory_format=LAST), dict(kernel_size=3, padding=1)
+    adapted = torch.nn.Sequential(torch.nn.Conv2d(64, 8, 1))
+    lora.inject(adapted, 2, targets=["0"])
+    cases = [
+        (torch.nn.Conv2d(64, 8, 1), x),
+        (torch.nn.Conv2d(64, 8, **square), x),
+        (torch.nn.Conv2d(64, 8, **square), last),  # weights whose channels come first
+        (torch.nn.Conv2d(64, 8, **square).to(memory_format=LAST), last.repeat(2, 1, 1, 1)),  # 64 positions
+        (torch.nn.Conv2d(64, 8, 3, stride=2, padding=1).to(memory_format=LAST), last),
+        (torch.nn.Conv2d(64, 8, 3).to(memory_format=LAST), last),
+        (adapted[0], last),
+    ]
+    for layer, example in cases:
+        assert torch.equal(convolve(layer, example), layer(example))
+    assert not products
 
 
 @torch.no_grad()

@@ -316,6 +316,32 @@ def test_ema_follows_torchs_averaged_model():
     assert torch.equal(module.weight, before)
 
 
+def test_adamw_on_channels_last_weights_is_torchs(monkeypatch):
+    """Bit for bit the plain fused AdamW on contiguous copies; the kernel itself sees contiguous tensors only, and
+    moments keep the shape and the layout of their parameter, as checkpoints want them."""
+    torch.manual_seed(0)
+    shapes = [(6, 4, 3, 3), (5, 4, 1, 1), (7, 3), (3,)]
+    plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    last = [p.detach().clone() for p in plain]
+    last = [torch.nn.Parameter(p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p) for p in last]
+    ours, theirs = runtime.AdamW(last, lr=0.1, weight_decay=0.01), torch.optim.AdamW(plain, lr=0.1, fused=True)
+    kernel, seen = torch._fused_adamw_, []
+    monkeypatch.setattr(
+        torch, "_fused_adamw_", lambda *lists, **options: seen.extend(lists[:4]) or kernel(*lists, **options)
+    )
+    for _ in range(3):
+        for a, b in zip(plain, last):
+            a.grad = torch.randn_like(a)
+            b.grad = torch.empty_like(b).copy_(a.grad)
+        ours.step()
+        assert all(tensor.is_contiguous() for tensors in seen for tensor in tensors) and len(seen) == 4
+        theirs.step()
+        seen.clear()
+    for a, b in zip(plain, last):
+        assert torch.equal(a, b)
+        assert ours.state[b]["exp_avg"].stride() == b.stride() and ours.state[b]["exp_avg"].shape == b.shape
+
+
 def test_clipping_reports_norm_and_count():
     params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(4)]
     for p in params:

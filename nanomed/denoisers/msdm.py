@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomed.convolution import convolve
+
 # ---------------------------------------------------------------------------------------------- convolution blocks
 
 
@@ -32,7 +34,7 @@ class Basic(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.drop(self.norm(self.conv(x))))
+        return F.silu(self.drop(self.norm(convolve(self.conv, x))))
 
 
 class BasicRes(nn.Module):
@@ -41,10 +43,10 @@ class BasicRes(nn.Module):
     def __init__(self, cin: int, cout: int, groups: int, dropout: float, zero: bool = False):
         super().__init__()
         self.basic_block = Basic(cin, cout, groups, dropout, zero)
-        self.conv_res = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.conv_res = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.basic_block(x) + self.conv_res(x)
+        return self.basic_block(x) + (x if self.conv_res is None else convolve(self.conv_res, x))
 
 
 class ResBlock(nn.Module):
@@ -76,7 +78,7 @@ class Up(nn.Module):
         self.up_op = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up_op(F.interpolate(x, scale_factor=2, mode="nearest-exact"))
+        return convolve(self.up_op, F.interpolate(x, scale_factor=2, mode="nearest-exact"))
 
 
 # ------------------------------------------------------------------------------------------------ attention to text
@@ -148,7 +150,8 @@ class ConditionalTransformer(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
         tokens = self.in_norm(x, emb).flatten(2).transpose(1, 2)  # (B, HW, C)
         x = x + self.attention(tokens, kv, mask).transpose(1, 2).view_as(x)
-        return x + self.feed_forward(self.out_norm(x, emb))
+        widen, _, narrow = self.feed_forward
+        return x + convolve(narrow, F.silu(convolve(widen, self.out_norm(x, emb))))
 
 
 class TextBlock(nn.Module):

@@ -1,15 +1,17 @@
 """MSDM's training step and sampling against the work of the released loop, with the same networks, in one run.
 
-    python tests/bench/bench_msdm.py train                    both sides interleaved, fp32 and bf16, medians and ratios
-    python tests/bench/bench_msdm.py train --side ours --allocator     one side in a process of its own
+    python tests/bench/bench_msdm.py train                    both sides in turns, fp32 and bf16, medians and ratios
+    python tests/bench/bench_msdm.py train --allocator        ours as train.py --allocator runs it, the peer as it comes
     python tests/bench/bench_msdm.py overhead                 Python per solver step, with a network that does nothing
     python tests/bench/bench_msdm.py texts                    5,000 prompts with 260 texts, once each or row by row
 
-The released loop encodes image and text at every step, runs the U-Net, clips and steps a default AdamW. Here the
-frozen parts' outputs are cached, so a step is the U-Net, the norm and a fused AdamW.
+The released loop encodes image and text at every step, runs the U-Net, clips and steps a default AdamW, and leaves
+channels first in memory. Here the frozen parts' outputs are cached, so a step is the U-Net, the norm and an AdamW in
+one pass.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
@@ -24,16 +26,19 @@ from nanomed import cache, runtime, samplers, systems
 from nanomed.diffusion import guided
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, n: int = 2048, times: int = 6) -> float:
-    """FLOP/s of a square matrix product."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(times):
+def product_rate(device: torch.device, m: int, n: int, k: int, others: int = 1, times: int = 8) -> float:
+    """FLOP/s of matrix products (m, k) (k, n) in fp32, with as many `others` on the right in turns: more than a cache
+    holds, and each is read from memory."""
+    a = torch.randn(m, k, device=device)
+    right = [torch.randn(k, n, device=device) for _ in range(others)]
+    seconds = []
+    for _ in range(times + 1):
         start = time.perf_counter()
-        a @ a
+        for b in right:
+            a @ b
         wait(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
+        seconds.append((time.perf_counter() - start) / others)
+    return 2 * m * n * k / statistics.median(seconds[1:])
 
 
 def wait(device: torch.device) -> None:
@@ -41,78 +46,98 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def train(config) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.allocator:
-        runtime.keep_memory()
-    torch.manual_seed(0)
-    system = systems.build("msdm", random=True, self_conditioning=config.self_conditioning)
-    system.to(device, memory_format=torch.channels_last)
-    params = list(system.trainable("unet").values())
-    example = system.example("unet", config.batch, device)
-    images = torch.rand(config.batch, 3, 256, 256, device=device) * 2 - 1
-    ids = torch.randint(0, 49408, (config.batch, 64), device=device)
-    mask = torch.ones(config.batch, 64, dtype=torch.bool, device=device)
-    optimizers = {"ours": torch.optim.AdamW(params, lr=1e-6, fused=True), "peer": torch.optim.AdamW(params, lr=1e-6)}
+class Step:
+    """One side's training step. `ours` has the outputs of the frozen parts at hand; the peer makes them anew."""
 
-    def ours(precision: str) -> None:
-        with runtime.autocast(precision, device):
-            loss = system(example, "unet", 0)["loss"]
-        loss.backward()
-        runtime.clip_gradients(params, 1.0)
-        optimizers["ours"].step()
-        optimizers["ours"].zero_grad()
+    def __init__(self, side: str, config):
+        if config.allocator and side == "ours":
+            runtime.keep_memory()
+        self.peer, self.device = side == "peer", torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(0)
+        self.system = systems.build("msdm", random=True, self_conditioning=config.self_conditioning)
+        if not self.peer or config.peer_channels_last:
+            self.system.to(memory_format=torch.channels_last)
+        self.system.to(self.device)
+        self.params = list(self.system.trainable("unet").values())
+        self.example = self.system.example("unet", config.batch, self.device)
+        self.images = torch.rand(config.batch, 3, 256, 256, device=self.device) * 2 - 1
+        self.ids = torch.randint(0, 49408, (config.batch, 64), device=self.device)
+        self.mask = torch.ones(config.batch, 64, dtype=torch.bool, device=self.device)
+        make = torch.optim.AdamW if self.peer else runtime.AdamW
+        self.optimizer = make(self.params, lr=1e-6)
 
-    def peer(precision: str) -> None:
-        with runtime.autocast(precision, device):
-            with torch.no_grad():
-                moments = system.vae.moments(images)
-                states = system.text_encoder(ids, mask)
-            batch = {"moments": moments, "prompt_embeds": states, "attention_mask": mask}
-            loss = system(batch, "unet", 0)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizers["peer"].step()
-        optimizers["peer"].zero_grad()
-
-    def timed(step, precision: str) -> float:
+    def __call__(self, precision: str) -> float:
+        """Seconds of one step."""
         start = time.perf_counter()
-        step(precision)
-        wait(device)
+        with runtime.autocast(precision, self.device):
+            batch = self._encode() if self.peer else self.example
+            loss = self.system(batch, "unet", 0)["loss"]
+        loss.backward()
+        clip = torch.nn.utils.clip_grad_norm_ if self.peer else runtime.clip_gradients
+        clip(self.params, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        wait(self.device)
         return time.perf_counter() - start
 
-    sides = {"both": (("ours", ours), ("peer", peer)), "ours": (("ours", ours),), "peer": (("peer", peer),)}[
-        config.side
-    ]
-    precisions = ("fp32", "bf16") if config.precision == "both" else (config.precision,)
-    runs: dict[tuple[str, str], list[float]] = {}
-    for number in range(config.repeats + 1):
-        for name, step in sides:
-            for precision in precisions if name == "ours" else ("fp32",):
-                seconds = timed(step, precision)
-                if number:
-                    runs.setdefault((name, precision), []).append(seconds)
-    medians = {key: statistics.median(values) for key, values in runs.items()}
-    for (name, precision), seconds in medians.items():
-        ratio = f"  {medians['peer', 'fp32'] / seconds:.2f}x" if ("peer", "fp32") in medians else ""
-        print(f"{name} {precision}: {seconds:.3f} s a step of {config.batch}{ratio}")
-    print(f"peak memory {runtime.peak_memory(device) / 1e9:.1f} GB")
+    @torch.no_grad()
+    def _encode(self) -> dict:
+        moments, states = self.system.vae.moments(self.images), self.system.text_encoder(self.ids, self.mask)
+        return {"moments": moments, "prompt_embeds": states, "attention_mask": self.mask}
 
-    with FlopCounterMode(display=False) as counter:
-        loss = system(example, "unet", 0)["loss"]
-        loss.backward()
-    optimizers["ours"].zero_grad()
-    work, best = counter.get_total_flops(), float("inf")
-    for _ in range(config.repeats):
-        start = time.perf_counter()
-        system(example, "unet", 0)["loss"].backward()
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-        optimizers["ours"].zero_grad()
-    rate = product_rate(device, torch.float32)
-    reached = work / best
-    print(f"forward and backward {work / 1e9:.0f} GFLOP at {reached / 1e9:.0f} GFLOP/s")
-    print(f"a matrix product {rate / 1e9:.0f} GFLOP/s: {reached / rate:.0%} of it")
+    def rates(self, repeats: int) -> dict[str, float]:
+        """FLOP of forward and backward, and FLOP/s of them and of matrix products: a square one, and those of the 1024
+        channels at 8 x 8 that hold half of the network's weights."""
+        with FlopCounterMode(display=False) as counter:
+            self.system(self.example, "unet", 0)["loss"].backward()
+        self.optimizer.zero_grad()
+        seconds, square, small = [], [], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.system(self.example, "unet", 0)["loss"].backward()
+            wait(self.device)
+            seconds.append(time.perf_counter() - start)
+            self.optimizer.zero_grad()
+            square.append(product_rate(self.device, 2048, 2048, 2048))
+            small.append(product_rate(self.device, 64 * len(self.images), 9 * 1024, 1024, others=14, times=2))
+        work = counter.get_total_flops()
+        rates = {"forward and backward": work / statistics.median(seconds), "product 2048^3": statistics.median(square)}
+        rates["product of its 8 x 8 maps"] = statistics.median(small)
+        return {"work": work, "memory": runtime.peak_memory(self.device), **rates}
+
+
+def _make(side: str, config) -> None:
+    global step
+    step = Step(side, config)
+
+
+def _step(precision: str) -> float:
+    return step(precision)
+
+
+def _rates(repeats: int) -> dict[str, float]:
+    return step.rates(repeats)
+
+
+def train(config) -> None:
+    """The two sides take turns, each in a process of its own: neither works in the other's heap."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, _make, ("ours", config)) as ours, spawn.Pool(1, _make, ("peer", config)) as peer:
+        turns = [(ours, "ours", "fp32"), (ours, "ours", "bf16"), (peer, "peer", "fp32")]
+        seconds = {(name, precision): [] for _, name, precision in turns}
+        for _ in range(config.repeats + 1):
+            for pool, name, precision in turns:
+                pool.apply(_step, (precision,))  # the first of a turn warms caches and is not counted
+                seconds[name, precision].append(pool.apply(_step, (precision,)))
+        medians = {key: statistics.median(values[1:]) for key, values in seconds.items()}
+        for (name, precision), median in medians.items():
+            ratio = medians["peer", "fp32"] / median
+            print(f"{name} {precision}: {median:.3f} s a step of {config.batch}  {ratio:.2f}x")
+        peer.terminate()
+        rates = ours.apply(_rates, (config.repeats,))
+    print(f"peak memory of ours {rates.pop('memory') / 1e9:.1f} GB, {rates.pop('work') / 1e9:.0f} GFLOP")
+    for name, rate in rates.items():
+        print(f"{name}: {rate / 1e9:.0f} GFLOP/s, reached to {rates['forward and backward'] / rate:.0%}")
 
 
 @torch.inference_mode()
@@ -169,9 +194,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=40, help="rows that are timed one by one")
-    parser.add_argument("--side", choices=["both", "ours", "peer"], default="both")
-    parser.add_argument("--precision", choices=["both", "fp32", "bf16"], default="both")
-    parser.add_argument("--allocator", action="store_true")
+    parser.add_argument(
+        "--allocator", action="store_true", help="ours keeps freed memory, as train.py --allocator does"
+    )
+    parser.add_argument("--peer_channels_last", action="store_true", help="the peer's convolutions as ours")
     parser.add_argument("--self_conditioning", action="store_true", help="half the steps then run the network twice")
     config = parser.parse_args()
     {"train": train, "overhead": overhead, "texts": texts}[config.what](config)

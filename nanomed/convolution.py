@@ -1,0 +1,56 @@
+"""Convolutions of small maps on a CPU, as the matrix products that they are.
+
+A convolution routine first puts its weights in an order of its own. At 8 x 8 pixels and 1024 channels that takes longer
+than the convolution: 38 MB of weights for 128 positions. With channels last in memory, pixels (B H W, C) and weights
+(O, 9 C) already lie as a matrix product wants them, and so does every gradient. Measured in tests/bench/bench_msdm.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """layer(x), by whichever way is faster; x (B, C, H, W).
+
+    The products serve 1 x 1 convolutions, and 3 x 3 ones that keep the size of maps with fewer positions in the batch
+    than channels. They need channels last and a CPU; a GPU's convolutions choose well by themselves.
+    """
+    weight, last = layer.weight, torch.channels_last
+    plain = type(layer) is nn.Conv2d and layer.stride == (1, 1) and layer.groups == 1  # an adapted layer does more
+    if not plain or x.device.type != "cpu" or not x.is_contiguous(memory_format=last):
+        return layer(x)
+    pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C), contiguous
+    if layer.kernel_size == (1, 1):
+        return F.linear(pixels, weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+    small = layer.kernel_size == (3, 3) and layer.padding == (1, 1) and pixels[..., 0].numel() < layer.in_channels
+    if not small or not weight.is_contiguous(memory_format=last):
+        return layer(x)
+    rows = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C), no copy
+    return F.linear(Neighbours.apply(pixels), rows, layer.bias).permute(0, 3, 1, 2)
+
+
+class Neighbours(torch.autograd.Function):
+    """(B, H, W, C) to (B, H, W, 9 C): every pixel with its eight neighbours, zeros beyond the edge."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        (b, h, w, c), padded = x.shape, F.pad(x, (0, 0, 1, 1, 1, 1))
+        image, row, column, _ = padded.stride()
+        windows = padded.as_strided((b, h, w, 3, 3, c), (image, row, column, row, column, 1))
+        return windows.reshape(b, h, w, 9 * c)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        b, h, w, c = ctx.shape
+        windows = grad.reshape(b, h, w, 3, 3, c)
+        padded = grad.new_zeros(b, h + 2, w + 2, c)
+        for i in range(3):
+            for j in range(3):
+                padded[:, i : i + h, j : j + w] += windows[:, :, :, i, j]
+        return padded[:, 1:-1, 1:-1]
