@@ -55,7 +55,7 @@ RECIPES = {
     "msdm-tiny": {
         "": dict(data="toy:2000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
         "vae": TINY_VAE,
-        "unet": TINY_UNET | dict(steps=1700, save_every=850, places_first=400),
+        "unet": TINY_UNET | dict(steps=1900, save_every=950, places_first=400),
     },
     "msdm-tiny-64": {  # about forty minutes on one CPU core
         "": dict(data="toy:4000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
