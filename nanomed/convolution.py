@@ -10,24 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+# kernel, stride, padding, dilation, groups, padding mode of the convolutions that are products here
+POINT = (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"
+SAME = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
+
+
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """layer(x), by whichever way is faster; x (B, C, H, W).
 
-    The products serve 1 x 1 convolutions, and 3 x 3 ones that keep the size of maps with fewer positions in the batch
-    than channels. They need channels last and a CPU; a GPU's convolutions choose well by themselves.
+    The products serve 1 x 1 convolutions, and 3 x 3 ones of maps with fewer positions in the batch than channels. They
+    need channels last and a CPU; a GPU's convolutions choose well by themselves.
     """
     weight, last = layer.weight, torch.channels_last
-    plain = type(layer) is nn.Conv2d and layer.stride == (1, 1) and layer.groups == 1  # an adapted layer does more
-    if not plain or x.device.type != "cpu" or not x.is_contiguous(memory_format=last):
+    kind = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    adapted = type(layer) is not nn.Conv2d  # does more than its weight says
+    if adapted or x.device.type != "cpu" or not x.is_contiguous(memory_format=last):
         return layer(x)
     pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C), contiguous
-    if layer.kernel_size == (1, 1):
+    if kind == POINT:
         return F.linear(pixels, weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
-    small = layer.kernel_size == (3, 3) and layer.padding == (1, 1) and pixels[..., 0].numel() < layer.in_channels
-    if not small or not weight.is_contiguous(memory_format=last):
-        return layer(x)
-    rows = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C), no copy
-    return F.linear(Neighbours.apply(pixels), rows, layer.bias).permute(0, 3, 1, 2)
+    small = pixels[..., 0].numel() < layer.in_channels
+    if kind == SAME and small and weight.is_contiguous(memory_format=last):
+        rows = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C), no copy
+        return F.linear(Neighbours.apply(pixels), rows, layer.bias).permute(0, 3, 1, 2)
+    return layer(x)
 
 
 class Neighbours(torch.autograd.Function):
