@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # kernel, stride, padding, dilation, groups, padding mode of the convolutions that are products here
 POINT = (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"
 SAME = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"

@@ -295,11 +295,13 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, params: Iterable[Tensor], **options: Any):
         super().__init__(params, fused=True, **options)
 
-    def _init_group(self, group, params, *others) -> bool:  # others: gradients, first and second moments, ...
+    def _init_group(self, group, params, *others) -> bool:
         found = super()._init_group(group, params, *others)
+        # PyTorch 2.6 has the flag amsgrad among the lists of gradients, first and second moments, and so on.
+        gradients, first, second = [other for other in others if isinstance(other, list)][:3]
         for i, param in enumerate(params):
             if param.ndim == 4 and not param.is_contiguous():
-                for tensors in (params, *others[:3]):
+                for tensors in (params, gradients, first, second):
                     tensors[i] = tensors[i].permute(0, 2, 3, 1)
         return found
 
