@@ -86,7 +86,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, 4, H, W) -> (B, N, D)
         x = self.proj(x)  # (B, D, H/p, W/p)
         rows, columns = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # or channels would stay the outer axis in every sum to come
         return (x + positions(rows, columns, x.shape[-1], self.base, self.scale, x.device)).to(x.dtype)
 
 
