@@ -15,7 +15,20 @@ PACKAGES = {"torch", "numpy", "scipy", "PIL", "tokenizers", "safetensors", "tqdm
 FLOORS = {  # a module imports from lower floors and from its own package; floor 0 from files and from each other
     **dict.fromkeys(["files"], 0),
     **dict.fromkeys(
-        ["blocks", "diffusion", "samplers", "hldf", "lora", "lowrank", "weights", "runtime", "runs", "cache"], 1
+        [
+            "blocks",
+            "convolution",
+            "diffusion",
+            "samplers",
+            "hldf",
+            "lora",
+            "lowrank",
+            "weights",
+            "runtime",
+            "runs",
+            "cache",
+        ],
+        1,
     ),
     **dict.fromkeys(["text", "denoisers", "autoencoders", "data", "metrics"], 2),
     **dict.fromkeys(["systems", "captions", "training", "imagesets", "toyworld"], 3),

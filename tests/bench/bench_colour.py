@@ -1,8 +1,8 @@
 """What HLDF does to colours: the toy world, and a model whose text-free branch was taught colours that are too strong.
 
-    python tests/bench/bench_colour.py                       about 15 minutes of one thread; prints the table
+    python tests/bench/bench_colour.py                       half an hour of one thread; prints the table
     python tests/bench/bench_colour.py --base FOLDER         keep the base models there, or take them from there
-    python tests/bench/bench_colour.py --picture FILE.png    and the same prompts and noise under each model
+    python tests/bench/bench_colour.py --picture FILE.png    and the first seed's images of the same prompts and noise
 
 A small PixArt and a small T5 learn the toy world; then, for a while, every image that comes without a prompt has half
 as much saturation again and more contrast. Guidance draws with null + 4.5 (text - null), so what is wrong in the branch
