@@ -120,11 +120,10 @@ class LoraLinear(Adapted, nn.Linear):
         if torch.is_autocast_enabled(x.device.type):  # a Function's insides are not autocast
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        a, b = self.lora_A.weight, self.lora_B.weight
-        if self.lora_magnitude_vector is None:
-            return LowRankLinear.apply(x, weight, bias, a, b, self.scale)
-        y = LowRankLinear.apply(x, weight, None, a, b, self.scale)
-        return self.rescaled(y, bias)
+        plain = self.lora_magnitude_vector is None
+        tensors = x, weight, bias if plain else None, self.lora_A.weight, self.lora_B.weight, self.scale
+        y = LowRankLinear.apply(*tensors) if torch.is_grad_enabled() else low_rank(*tensors)[0]
+        return y if plain else self.rescaled(y, bias)
 
 
 class LoraConv2d(Adapted, nn.Conv2d):
@@ -142,6 +141,14 @@ class LoraConv2d(Adapted, nn.Conv2d):
         return self.rescaled(y, self.bias)
 
 
+def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float):
+    """x W^T + bias + s (x A^T) B^T, (..., out), and x A^T, (N, r)."""
+    y = F.linear(x, weight, bias)  # the very call that the layer makes without an adapter
+    h = torch.mm(x.reshape(-1, x.shape[-1]), a.to(x.dtype).t())
+    y.view(-1, y.shape[-1]).addmm_(h, b.to(x.dtype).t(), alpha=scale)
+    return y, h
+
+
 class LowRankLinear(torch.autograd.Function):
     """y = x W^T + bias + s (x A^T) B^T, with a backward that costs what the mathematics costs: 2.0 forwards for a
     frozen W, and no temporary of the size of x or y besides the results.
@@ -154,10 +161,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        y = F.linear(x, weight, bias)  # (..., out), the very call that the layer makes without an adapter
-        h = torch.mm(rows, a.to(x.dtype).t())  # (N, r)
-        y.view(-1, y.shape[-1]).addmm_(h, b.to(x.dtype).t(), alpha=scale)
+        y, h = low_rank(x, weight, bias, a, b, scale)
         ctx.save_for_backward(x, weight, a, b, h)
         ctx.scale = scale
         return y
