@@ -84,9 +84,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(c.in_channels, c.dim, c.patch_size, stride=c.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 4, H, W) -> (B, N, D)
-        x = self.proj(x)  # (B, D, H/p, W/p)
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))  # (B, D, H/p, W/p)
         rows, columns = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2).contiguous()  # or channels would stay the outer axis in every sum to come
+        x = x.flatten(2).transpose(1, 2).contiguous()  # else channels stay the outer axis in every sum to come
         return (x + positions(rows, columns, x.shape[-1], self.base, self.scale, x.device)).to(x.dtype)
 
 
