@@ -141,7 +141,9 @@ class LoraConv2d(Adapted, nn.Conv2d):
         return self.rescaled(y, self.bias)
 
 
-def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float):
+def low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """x W^T + bias + s (x A^T) B^T, (..., out), and x A^T, (N, r)."""
     y = F.linear(x, weight, bias)  # the very call that the layer makes without an adapter
     h = torch.mm(x.reshape(-1, x.shape[-1]), a.to(x.dtype).t())

@@ -288,6 +288,11 @@ class EMA:
             param.data, self.average[name] = self.average[name], param.data
 
 
+def as_it_lies(tensor: Tensor, like: Tensor) -> Tensor:
+    """A view whose order of axes is that of memory, if `like` is a channels-last weight; otherwise the tensor."""
+    return tensor.permute(0, 2, 3, 1) if like.ndim == 4 and not like.is_contiguous() else tensor
+
+
 class AdamW(torch.optim.AdamW):
     """Fused AdamW that never copies. PyTorch's kernel for CPUs copies each tensor that is not contiguous, which costs
     three times the step; channels-last weights are therefore handed to it in the order in which they lie in memory."""
@@ -299,10 +304,8 @@ class AdamW(torch.optim.AdamW):
         found = super()._init_group(group, params, *others)
         # PyTorch 2.6 has the flag amsgrad among the lists of gradients, first and second moments, and so on.
         gradients, first, second = [other for other in others if isinstance(other, list)][:3]
-        for i, param in enumerate(params):
-            if param.ndim == 4 and not param.is_contiguous():
-                for tensors in (params, gradients, first, second):
-                    tensors[i] = tensors[i].permute(0, 2, 3, 1)
+        for tensors in (gradients, first, second, params):  # the parameters last: they say how all of them lie
+            tensors[:] = [as_it_lies(tensor, param) for tensor, param in zip(tensors, params)]
         return found
 
 
@@ -317,7 +320,7 @@ def clip_gradients(params: Sequence[Tensor], limit: float) -> tuple[Tensor, int]
         return torch.tensor(0.0), 0
     if all(type(g) is Tensor and g.device.type == "cpu" and g.dtype == torch.float32 for g in grads):
         # Twice as fast as norms, and right to 1e-6 for ten million numbers, where PyTorch's norm is off by 3e-4.
-        flat = [(g.permute(0, 2, 3, 1) if g.ndim == 4 and not g.is_contiguous() else g).flatten() for g in grads]
+        flat = [as_it_lies(g, g).flatten() for g in grads]
         norm = torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
     else:
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))

@@ -14,22 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tokenizers", "safetensors", "tqdm"}  # the seven of the card
 FLOORS = {  # a module imports from lower floors and from its own package; floor 0 from files and from each other
     **dict.fromkeys(["files"], 0),
-    **dict.fromkeys(
-        [
-            "blocks",
-            "convolution",
-            "diffusion",
-            "samplers",
-            "hldf",
-            "lora",
-            "lowrank",
-            "weights",
-            "runtime",
-            "runs",
-            "cache",
-        ],
-        1,
-    ),
+    **dict.fromkeys(["blocks", "convolution", "diffusion", "samplers", "hldf", "lora", "lowrank"], 1),
+    **dict.fromkeys(["weights", "runtime", "runs", "cache"], 1),
     **dict.fromkeys(["text", "denoisers", "autoencoders", "data", "metrics"], 2),
     **dict.fromkeys(["systems", "captions", "training", "imagesets", "toyworld"], 3),
     **dict.fromkeys(["setups", "measuring"], 4),

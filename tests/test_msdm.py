@@ -15,6 +15,8 @@ from nanomed.autoencoders.msdm import MSDMVAE
 from nanomed.convolution import convolve
 from nanomed.denoisers.msdm import MSDMUNet
 
+LAST = torch.channels_last
+
 
 def weights_of(record: dict) -> dict:
     return {name[2:]: tensor for name, tensor in record.items() if name.startswith("w.")}
@@ -38,12 +40,9 @@ def test_unet_equals_the_released_module(unet, unet_record):
     r = unet_record
     close(unet.time_embedder(r["t"], torch.float32), r["time_emb"], 1e-5)
     close(unet(r["x"], r["t"], r["c"], r["mask"]), r["y"], 1e-5)
-    last = copy.deepcopy(unet).to(memory_format=torch.channels_last)  # then small maps are matrix products
-    x = r["x"].contiguous(memory_format=torch.channels_last)
+    last = copy.deepcopy(unet).to(memory_format=LAST)  # then small maps are matrix products
+    x = r["x"].contiguous(memory_format=LAST)
     close(last(x, r["t"], r["c"], r["mask"]), r["y"], 1e-5)
-
-
-LAST = torch.channels_last
 
 
 @pytest.fixture
