@@ -11,12 +11,13 @@ Every number carries N, its protocol, an interval, what real images score agains
 the network. A set is a folder of images, of class folders, or a data set as train.py takes it (clef:DIR, toy:N, ...).
 """
 
-import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from nanomed import files, runtime
+from nanomed.run import files, flags
+from nanomed.run.flags import UsageError
+from nanomed.run.ranks import Ranks
 
 
 @dataclass
@@ -43,38 +44,32 @@ class Config:
 
 
 def main() -> None:
-    config = runtime.parse(Config, gathered(sys.argv[1:]), description=__doc__)
+    config = flags.parse(Config, gathered(sys.argv[1:]), description=__doc__)
     if config.stand_in:
-        from nanomed import toyworld
+        from nanomed.evaluation import toyworld
 
         print(f"right on held-out scenes: {toyworld.train_stand_in(config.stand_in):.4f}")
         return
     if config.compare:
         return compare(config)
     asked = chosen(config)
-    rank, world, device = runtime.init()
-    exactly()
+    ranks = Ranks.join()
     sets = find_sets(config)
     if sets is None:  # the prompts of a paper's set-up were asked for, and are written
         return
     import torch
 
-    from nanomed import measuring
+    from nanomed.evaluation import measuring, reports
 
+    measuring.exactly()
+    settings = measuring.Settings(**{field.name: getattr(config, field.name) for field in fields(measuring.Settings)})
     with torch.inference_mode():
-        outcome = measuring.measure(sets, asked, config, rank, world, device, runtime.barrier)
+        outcome = measuring.measure(sets, asked, settings, ranks)
     if outcome is None:  # only the first rank computes
         return
     if "classify" in asked:
-        outcome.shared |= measuring.classify(outcome.sets, config, device)
-    publish(outcome, config)
-
-
-def exactly() -> None:
-    """Full float32 products on a GPU, where training takes fewer bits: numbers are compared to a thousandth."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        outcome.shared |= measuring.classify(outcome.sets, settings, ranks.device)
+    print(reports.publish(outcome, config.out))
 
 
 def gathered(words: list[str]) -> list[str]:
@@ -88,20 +83,20 @@ def gathered(words: list[str]) -> list[str]:
 
 def chosen(config: Config) -> tuple[str, ...]:
     """The metrics to measure."""
-    from nanomed.measuring import METRICS, ORGANISERS
+    from nanomed.evaluation.measuring import METRICS, ORGANISERS
     from nanomed.metrics.features import PROTOCOLS
 
     protocols = (*PROTOCOLS, ORGANISERS)
     config.protocol = "torchmetrics" if config.protocol == "torchmetrics>=1.8" else config.protocol
     if config.protocol not in protocols:
-        raise runtime.UsageError(f"--protocol {config.protocol}: choose among {', '.join(protocols)}")
+        raise UsageError(f"--protocol {config.protocol}: choose among {', '.join(protocols)}")
     if config.paper not in ("", "mmcp", "medart"):
-        raise runtime.UsageError(f"--paper {config.paper}: choose mmcp or medart")
+        raise UsageError(f"--paper {config.paper}: choose mmcp or medart")
     asked = tuple(name.strip() for name in config.metrics.split(",") if name.strip())
     if unknown := [name for name in asked if name not in METRICS]:
-        raise runtime.UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
+        raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
     if config.protocol == ORGANISERS and (foreign := {"kid", "pr", "dc"} & set(asked)):
-        raise runtime.UsageError(f"--metrics {min(foreign)}: the protocol imageclef2024 has fid and is alone")
+        raise UsageError(f"--metrics {min(foreign)}: the protocol imageclef2024 has fid and is alone")
     return asked
 
 
@@ -110,17 +105,17 @@ def chosen(config: Config) -> tuple[str, ...]:
 
 def find_sets(config: Config):
     """The sets (measuring.Sets) that the command line names; None when it asks for a paper's prompts, now written."""
-    from nanomed import imagesets, measuring, setups
+    from nanomed.evaluation import imagesets, measuring, papers
 
     setup = None
     if config.paper:
         if not config.real:
-            raise runtime.UsageError(f"--paper {config.paper}: say the paper's data, such as --real clef:DIR")
-        setup = setups.find(config.paper, config.real, config.cache, config.seed)
+            raise UsageError(f"--paper {config.paper}: say the paper's data, such as --real clef:DIR")
+        setup = papers.find(config.paper, config.real, config.cache, config.seed)
         if not config.fake:
             return write_prompts(setup, config)
     if not config.real or not config.fake:
-        raise runtime.UsageError("say which images: --real DIR --fake DIR")
+        raise UsageError("say which images: --real DIR --fake DIR")
     folder = Path(config.fake)
     folder = folder / "test" if (folder / "test" / "manifest.jsonl").is_file() else folder  # a run of train.py
     fake = imagesets.with_prompts(imagesets.find(str(folder), limit=config.limit), str(folder), config.prompts)
@@ -158,7 +153,7 @@ def named(spec: str) -> dict[str, list[str]]:
         if not equals or Path(item).is_dir():
             name = where = item
         if name in sets:
-            raise runtime.UsageError(f"--real {spec}: two sets are called {name}")
+            raise UsageError(f"--real {spec}: two sets are called {name}")
         sets[name] = [where] if Path(where).is_dir() else where.split("+")
     return sets
 
@@ -176,32 +171,9 @@ def write_prompts(setup, config: Config) -> None:
 # ------------------------------------------------------------------------------------------------------- the results
 
 
-def publish(outcome, config: Config) -> None:
-    """results.json, report.html and, where training images were looked for, nearest.jsonl; and a table on the
-    terminal."""
-    from nanomed import reporting
-    from nanomed.metrics import table
-
-    out = Path(config.out)
-    files.write_json(out / "results.json", outcome.results)
-    files.write_text(out / "report.html", reporting.page(outcome))
-    if outcome.nearest:
-        lines = [json.dumps(pair) + "\n" for pair in reporting.nearest(outcome)]
-        files.write_text(out / "nearest.jsonl", "".join(lines))
-    else:
-        (out / "nearest.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
-    print(reporting.papers_tables(outcome), table.full(outcome.results), sep="\n\n", end="\n\n")
-    if outcome.nearest:
-        print(f"memorisation: {outcome.nearest.verdict}")
-    for note in outcome.notes:
-        print(f"note: {note}")
-    print(f"{out / 'results.json'}, {out / 'report.html'}")
-
-
 def compare(config: Config) -> None:
     """Several results in one table, on the terminal and in compare.html; the best of every column in bold."""
-    from nanomed import reporting
-    from nanomed.metrics import table
+    from nanomed.evaluation import reports, table
 
     runs: dict[str, dict] = {}
     for item in filter(None, (item.strip() for item in config.compare.split(","))):
@@ -209,48 +181,18 @@ def compare(config: Config) -> None:
         if not equals or Path(item).exists():
             name = where = item
         if name in runs:
-            raise runtime.UsageError(f"--compare {config.compare}: two results are called {name}; say NAME=FOLDER")
-        runs[name] = reporting.read_results(where)
+            raise UsageError(f"--compare {config.compare}: two results are called {name}; say NAME=FOLDER")
+        runs[name] = reports.read_results(where)
     lines = {line: found for name, results in runs.items() for line, found in table.by_set(name, results).items()}
     if len(lines) < 2:
-        raise runtime.UsageError("--compare needs two results or more: --compare A B, or NAME=FOLDER for each")
+        raise UsageError("--compare needs two results or more: --compare A B, or NAME=FOLDER for each")
     print(table.columns(lines, bold=sys.stdout.isatty()))
     for caveat in table.caveats(lines):
         print(f"! {caveat}")
     path = Path(config.out) / "compare.html"
-    files.write_text(path, reporting.comparison(runs, lines))
+    files.write_text(path, reports.comparison(runs, lines))
     print(path)
 
 
-def of_run(fake: Path, real: list[Path], config) -> dict[str, str]:
-    """What train.py reports at the end of a run: the images it drew against held-out ones. Not collective."""
-    import torch
-
-    from nanomed import imagesets, measuring, weights
-
-    settings = Config(fake=str(fake), out=str(fake), weights=config.weights, cache=config.cache)
-    drawn = imagesets.with_prompts(imagesets.find(str(fake), "generated"), str(fake), "")
-    toy_world = config.data.startswith("toy")
-    held_out = (
-        imagesets.fresh_scenes(len(drawn), imagesets.side_of(drawn))
-        if toy_world
-        else imagesets.of_files(real, "held out")
-    )
-    sets = measuring.Sets({held_out.name: held_out}, drawn, toy_world=toy_world)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    exactly()
-    with torch.inference_mode():
-        try:
-            outcome = measuring.measure(sets, (), settings, device=device)
-        except weights.WeightsNotFound as error:  # a run of weeks does not end in an error for want of a metric's file
-            sets.usual, sets.notes = ("colour",), [str(error)]
-            outcome = measuring.measure(sets, (), settings)
-    publish(outcome, settings)
-    return {
-        name: f"{entry['value']:.4f} (N = {entry['n_fake']}, {entry['protocol']})"
-        for name, entry in outcome.results.items()
-    }
-
-
 if __name__ == "__main__":
-    runtime.main(main)
+    flags.main(main)

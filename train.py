@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanomed import runtime
+from nanomed.run import flags, signals
+from nanomed.run.flags import UsageError
+from nanomed.run.hardware import autocast, keep_memory, peak_memory
+from nanomed.run.randomness import seed_of
+from nanomed.run.ranks import Ranks
+from nanomed.run.signals import PREEMPTED
+from nanomed.training.optimizer import EMA, AdamW, clip_gradients, number
 
 
 @dataclass
@@ -79,25 +85,27 @@ MODELS_OWN = (*IN_THE_LOOP, "snr_gamma", "text_adapter", "hldf_every", "hldf_kee
 
 
 def main() -> int:
-    config = runtime.parse(Config, presets=_common_recipe, description=__doc__)
-    rank, world, device = runtime.init()
+    config = flags.parse(Config, presets=_common_recipe, description=__doc__)
+    ranks = Ranks.join()
     if config.allocator:
-        runtime.keep_memory()
+        keep_memory()
 
-    from nanomed import data, runs, systems, training
+    from nanomed import data, systems
+    from nanomed.run import runs
+    from nanomed.training import plan
 
     torch.manual_seed(config.seed)  # the same initial weights on every process
     options = settings_of(config)
     if config.rank and config.precision == "bf16":  # what lies frozen below adapters is held in bf16
         options["dtype"] = torch.bfloat16
     system = systems.build(config.model, config.weights or None, random=config.dry_run, **options)
-    system.to(device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
+    system.to(ranks.device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
     if config.dry_run:
         for stage in [config.stage] if config.stage else system.stages:
-            training.dry_run(_for_stage(config, stage), system, stage, device)
+            plan.dry_run(_for_stage(config, stage), system, stage, ranks.device)
         return 0
 
-    stop = runtime.StopSignal()
+    stop = signals.StopSignal()
     table = data.load(config.data, Path(config.cache), system.size)
     if system.pad:
         table = data.padded(table)
@@ -106,46 +114,46 @@ def main() -> int:
     if config.paraphrases:
         table = data.with_paraphrases(table, config.paraphrases, config.strategy)
     train, valid = table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
-    settings = asdict(config) | {"world": world}
+    settings = asdict(config) | {"world": ranks.world}
     if config.resume:
         found = runs.newest(config.out, config.model) if config.resume == "latest" else config.resume
         if found is None:
-            raise runtime.UsageError(f"--resume latest: no run of {config.model} in {config.out}")
-        run = runs.Run.resume(found, settings, world, rank)
+            raise UsageError(f"--resume latest: no run of {config.model} in {config.out}")
+        run = runs.Run.resume(found, settings, ranks)
     else:
         if config.base and config.stage not in system.stages:
-            raise runtime.UsageError(f"--base {config.base}: say with --stage which one to train on top of it")
-        run = runs.Run.create(config.out, settings, rank)
+            raise UsageError(f"--base {config.base}: say with --stage which one to train on top of it")
+        run = runs.Run.create(config.out, settings, ranks)
         if config.base:
             run.begin_with(config.base, config.stage, [system.adapter_folder(p) for p in system.stages[config.stage]])
-    if rank == 0:
-        print(f"{run.folder}: {config.model} on {len(train.rows)} images ({len(valid.rows)} held out), {device}")
+    if ranks.first:
+        print(f"{run.folder}: {config.model} on {len(train.rows)} images ({len(valid.rows)} held out), {ranks.device}")
 
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
-    system.to(device, memory_format=torch.channels_last)  # what was read too, or it would round otherwise
+    system.to(ranks.device, memory_format=torch.channels_last)  # what was read too, or it would round otherwise
     for stage in [config.stage] if config.stage else system.stages:
         if stage in run.state["stages"]:
             continue
         before = [other for other in system.stages if other not in run.state["stages"]][0]
         if before != stage and system.in_order:
-            raise runtime.UsageError(
+            raise UsageError(
                 f"--stage {stage} builds on stage {before}: say --resume with a run that has trained it"
             )
-        finished = train_stage(_for_stage(config, stage), system, stage, run, train, valid, stop, rank, world, device)
+        finished = train_stage(_for_stage(config, stage), system, stage, run, train, valid, stop, ranks)
         if not finished:
             run.update(status="preempted")
-            if rank == 0:
+            if ranks.first:
                 print(f"{stop.received}: state saved; go on with --resume {run.folder}")
-            return runtime.PREEMPTED
+            return PREEMPTED
         run.update(stages=[*run.state["stages"], stage])
 
     results = {}
     system.fold()
     if config.test_prompts and not config.stage:
-        results = training.draw_and_evaluate(config, system, run, valid, rank, world, device)
-    if rank == 0:
-        from nanomed import files
+        results = draw_and_evaluate(config, system, run, valid, ranks)
+    if ranks.first:
+        from nanomed.run import files
 
         files.write_text(run.folder / "README.md", runs.model_card(settings, results))
         print(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
@@ -160,7 +168,7 @@ def settings_of(config: Config) -> dict:
     own = systems.flags(config.model)
     for name in config.given:
         if name in MODELS_OWN and name not in own:
-            raise runtime.UsageError(f"--{name}: {config.model} has no such setting")
+            raise UsageError(f"--{name}: {config.model} has no such setting")
     options = {name: getattr(config, name) for name in own if name in config.given or getattr(config, name)}
     return {name: value for name, value in options.items() if name not in IN_THE_LOOP}
 
@@ -181,35 +189,40 @@ def _for_stage(config: Config, stage: str) -> Config:
     return staged
 
 
-def train_stage(config, system, stage, run, train, valid, stop, rank, world, device) -> bool:
+def train_stage(config, system, stage, run, train, valid, stop, ranks) -> bool:
     """Train one stage to its end; False when it was asked to stop and has saved its state."""
-    from nanomed import training
+    from nanomed.training import caches
+    from nanomed.training.judge import Judge
+
+    rank, world, device = ranks.rank, ranks.world, ranks.device
 
     if config.rank:
-        torch.manual_seed(runtime.seed_of(config.seed, "adapter", stage))  # the same start on every process
+        torch.manual_seed(seed_of(config.seed, "adapter", stage))  # the same start on every process
         system.adapt(stage, config.rank, config.alpha or None, config.adapter)
     if config.shard and world > 1 and stage == "adapters":
         system.shard(device)
     params = system.trainable(stage)
     if (missing := system.load_optional(stage, config.weights or None)) and rank == 0:
         print(missing)
-    optimizer = runtime.AdamW(params.values(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = AdamW(params.values(), lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    ema = runtime.EMA(params, config.ema) if config.ema else None
+    ema = EMA(params, config.ema) if config.ema else None
     step, best, skipped, in_a_row = 0, None, 0, 0
-    if (state := run.restore(stage, params, optimizer, ema)) is not None:
+    if (state := run.restore(stage, params, optimizer, ema and ema.average)) is not None:
         step, best, skipped = state["step"], state["best"], state["skipped"]
+        if ema:
+            ema.updates = state["ema_updates"]
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-    batches = training.batches(config, system, stage, train, rank, world, device)
+    batches = caches.batches(config, system, stage, train, ranks)
     if config.epochs:
         config.steps = math.ceil(config.epochs * len(batches.items) / (config.batch * config.accumulate * world))
-    if rank == 0:
+    if ranks.first:
         count = sum(p.numel() for p in params.values())
         print(
             f"stage {stage}: {count:,} parameters train, steps {step:,} to {config.steps:,} of {config.batch} x {world}"
         )
-    judge = training.Judge(config, system, stage, run, valid, rank, world, device)
+    judge = Judge(config, system, stage, run, valid, ranks)
     if config.compile:
         for part in system.stages[stage]:
             system.get_submodule(part).compile()
@@ -228,15 +241,15 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
             group["lr"] = learning_rate(config, step)
         for micro in range(config.accumulate):
             batch = to_device(batches[step * config.accumulate + micro], device)
-            torch.manual_seed(runtime.seed_of(config.seed, stage, step, micro, rank))  # all the randomness of this pass
-            with runtime.autocast(config.precision, device):
+            torch.manual_seed(seed_of(config.seed, stage, step, micro, rank))  # all the randomness of this pass
+            with autocast(config.precision, device):
                 losses = system(batch, stage, step)
             scaler.scale(losses["loss"] / config.accumulate).backward()
-        runtime.average_gradients(params.values())
+        ranks.average_gradients(params.values())
         scaler.unscale_(optimizer)
-        norm, clipped = runtime.clip_gradients(list(params.values()), config.clip)
+        norm, clipped = clip_gradients(list(params.values()), config.clip)
 
-        broken = runtime.any_rank(not torch.isfinite(norm + losses["loss"].detach()).item(), device)
+        broken = ranks.any(not torch.isfinite(norm + losses["loss"].detach()).item())
         if not broken or scaler.is_enabled():  # the fp16 scaler itself skips steps that overflow, and scales down
             scaler.step(optimizer)
             scaler.update()
@@ -253,21 +266,21 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
             shown = {name: round(value.item(), 6) for name, value in losses.items() if torch.isfinite(value)}
             progress.set_postfix(loss=shown.get("loss"), refresh=False)
             rate = pace * config.batch * config.accumulate * world
-            entry = {"loss": None} | shown | {"grad_norm": runtime.number(norm), "clipped": clipped, "skipped": skipped}
+            entry = {"loss": None} | shown | {"grad_norm": number(norm), "clipped": clipped, "skipped": skipped}
             entry |= {"lr": learning_rate(config, step - 1), "images_per_second": round(rate, 2)}
-            run.log(stage=stage, step=step, **entry, memory_gb=round(runtime.peak_memory(device) / 1e9, 3))
+            run.log(stage=stage, step=step, **entry, memory_gb=round(peak_memory(device) / 1e9, 3))
             since, seen = time.monotonic(), step
         if in_a_row == 3:
             raise FloatingPointError(
                 f"{stage}: loss or gradient was not finite for 3 steps in a row, up to step {step}; the weights are "
                 f"those before them. Lower --lr, or use --precision bf16 or fp32"
             )
-        leaving = runtime.any_rank(bool(stop.received), device)
+        leaving = ranks.any(bool(stop.received))
         if step % config.save_every == 0 or step == config.steps or leaving:
             judged = not leaving or step == config.steps
             best = better(step, best) if judged else best
             made = {"best": best, "judged": judged, "skipped": skipped, "ema_updates": ema.updates if ema else 0}
-            run.save(stage, step, params, optimizer, ema, made | {"scaler": scaler.state_dict()})
+            run.save(stage, step, params, optimizer, ema and ema.average, made | {"scaler": scaler.state_dict()})
             run.prune(stage, config.keep, best and best["step"])
             since, seen = time.monotonic(), step
             if leaving and step < config.steps:
@@ -280,13 +293,29 @@ def train_stage(config, system, stage, run, train, valid, stop, rank, world, dev
     with torch.no_grad():
         for name, tensor in run.weights_of(stage, best["step"]).items():
             params[name].copy_(tensor)
-        measured = system.finish(stage, training.images_of(train, system.size, device))
+        measured = system.finish(stage, caches.images_of(train, system.size, device))
     run.log(stage=stage, step=step, best=best, **measured)
-    if rank == 0:
+    if ranks.first:
         print(f"stage {stage}: keeping step {best['step']}, the lowest {best['by']} ({best['score']:.4f})")
         system.save(run.folder / "model", [*system.stages[stage]])
-    runtime.barrier()
+    ranks.barrier()
     return True
+
+
+def draw_and_evaluate(config: Config, system, run, valid, ranks: Ranks) -> dict:
+    """Draw the prompts of `config.test_prompts` as sample.py does and measure them as evaluate.py does."""
+    from nanomed.data.prompts import read_prompts
+    from nanomed.drawing import Drawing, draw
+    from nanomed.evaluation import final, measuring
+
+    out = run.folder / "test"
+    draw(system, read_prompts(config.test_prompts), Drawing(str(out), seed=config.seed), ranks, progress=True)
+    if not ranks.first:
+        return {}
+    settings = measuring.Settings(weights=config.weights, cache=config.cache)
+    results, said = final.measure(out, [row.file for row in valid.rows], config.data.startswith("toy"), settings)
+    print(said)
+    return results
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -296,7 +325,7 @@ def learning_rate(config: Config, step: int) -> float:
     done = (step - config.warmup) / max(config.steps - config.warmup, 1)
     factors = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
     if config.schedule not in factors:
-        raise runtime.UsageError(f"--schedule {config.schedule}: choose constant, cosine or linear")
+        raise UsageError(f"--schedule {config.schedule}: choose constant, cosine or linear")
     return config.lr * factors[config.schedule]
 
 
@@ -305,4 +334,4 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    flags.main(main)

@@ -7,7 +7,8 @@ import torch
 from conftest import close
 from scipy.linalg import sqrtm
 
-from nanomed.metrics import clef, inception
+from nanomed.metrics import clef
+from nanomed.metrics.networks import inception
 
 
 def softmax_sets(n: int, m: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from nanomed import data
-from nanomed.data import batches, images
+from nanomed.data import images
 from nanomed.data.prompts import read_prompts
 from nanomed.data.table import DataError, Row, Table, read_csv, with_paraphrases
+from nanomed.training import batches
 
 
 def picture(path, color=(200, 100, 80), size=(20, 16)):

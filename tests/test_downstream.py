@@ -10,8 +10,9 @@ import transformers
 from sklearn import metrics as sk
 
 from nanomed.data import toy
-from nanomed.metrics import downstream, vit
+from nanomed.metrics import downstream
 from nanomed.metrics.downstream import Recipe, auc, scores
+from nanomed.metrics.networks import vit
 
 CLOSE = 1e-6
 

@@ -15,12 +15,16 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 import evaluate
-from nanomed import files, imagesets, measuring, runtime, toyworld, weights
+from nanomed import weights
 from nanomed.data import clef, toy
 from nanomed.data.table import DataError
+from nanomed.evaluation import final, imagesets, measuring, toyworld
 from nanomed.metrics import clef as organisers
-from nanomed.metrics import entries, features, inception, scores, vit
+from nanomed.metrics import entries, features, scores
 from nanomed.metrics.features import inception_features
+from nanomed.metrics.networks import inception, vit
+from nanomed.run import files
+from nanomed.run.flags import UsageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +183,7 @@ def test_imageclef2024_gives_the_organisers_numbers(run, folders, network):
         found = [results[f"{metric} [{name}]"]["value"] for metric in ("IS", "IS std", "IS med")]
         assert found == pytest.approx([mean, deviation, median], rel=1e-9)
     assert results["FID [single]"]["protocol"] == "imageclef2024"
-    with pytest.raises(runtime.UsageError, match="kid: the protocol imageclef2024"):
+    with pytest.raises(UsageError, match="kid: the protocol imageclef2024"):
         run(*words, "--metrics", "kid")
 
 
@@ -366,7 +370,7 @@ def test_a_set_without_one_sound_image_is_refused(run, folders, tmp_path):
 
 
 @pytest.mark.parametrize("words, error, said", [
-    (["--fake", "FAKE"], runtime.UsageError, "--real DIR --fake DIR"),
+    (["--fake", "FAKE"], UsageError, "--real DIR --fake DIR"),
     (["--real", "REAL", "--fake", "nowhere"], DataError, "nowhere: no such folder"),
     (["--real", "EMPTY", "--fake", "FAKE"], DataError, "empty: no images"),
     (["--real", "ONE", "--fake", "FAKE", "--metrics", "fid"], DataError, "fid needs at least 2 images.*smallest has 1"),
@@ -376,11 +380,11 @@ def test_a_set_without_one_sound_image_is_refused(run, folders, tmp_path):
     (["--real", "toy", "--fake", "FAKE", "--metrics", "memorisation"], DataError, "--train DIR"),
     (["--real", "REAL", "--fake", "FAKE", "--metrics", "faithfulness"], DataError, "needs the prompts.*--prompts"),
     (["--real", "REAL", "--fake", "FAKE", "--metrics", "classify"], DataError, "class of every image"),
-    (["--real", "REAL", "--fake", "FAKE", "--metrics", "fid,fib"], runtime.UsageError, "--metrics fib: choose among"),
-    (["--real", "REAL", "--fake", "FAKE", "--protocol", "new"], runtime.UsageError, "--protocol new: choose among"),
-    (["--real", "REAL", "--fake", "FAKE", "--paper", "x"], runtime.UsageError, "--paper x: choose mmcp or medart"),
-    (["--paper", "mmcp"], runtime.UsageError, "clef:DIR"),
-    (["--real", "a=REAL,a=ONE", "--fake", "FAKE"], runtime.UsageError, "two sets are called a"),
+    (["--real", "REAL", "--fake", "FAKE", "--metrics", "fid,fib"], UsageError, "--metrics fib: choose among"),
+    (["--real", "REAL", "--fake", "FAKE", "--protocol", "new"], UsageError, "--protocol new: choose among"),
+    (["--real", "REAL", "--fake", "FAKE", "--paper", "x"], UsageError, "--paper x: choose mmcp or medart"),
+    (["--paper", "mmcp"], UsageError, "clef:DIR"),
+    (["--real", "a=REAL,a=ONE", "--fake", "FAKE"], UsageError, "two sets are called a"),
     (["--real", "REAL", "--fake", "FAKE", "--prompts", "SHORT"], DataError, r"2 prompts for the 20 images"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_answered_in_one_line(run, folders, tmp_path, words, error, said):
@@ -495,29 +499,25 @@ def test_the_stand_in_serves_the_toy_world_alone_and_is_never_called_fid(run, fo
         run("--real", folders / "real", "--fake", folders / "fake", inception=False)
 
 
-def test_the_end_of_a_training_run_measures_what_it_drew(folders, tmp_path, capsys):
+def test_the_end_of_a_training_run_measures_what_it_drew(folders, tmp_path):
     """With the stand-in in the toy world; on other data without the Inception file it names the file and goes on."""
 
-    class Settings:
-        data, weights, cache = "toy:60", "", str(tmp_path / "cache")
-
+    settings = measuring.Settings(cache=str(tmp_path / "cache"))
     drawn = tmp_path / "drawn"
     shutil.copytree(folders / "fake", drawn)
     prompts = [{"file": path.name, "prompt": "Generate an image containing text."} for path in drawn.glob("*.png")]
     (drawn / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
-    said = evaluate.of_run(drawn, [], Settings)
+    said, _ = final.measure(drawn, [], True, settings)
     assert re.fullmatch(r"[\d.]+ \(N = 20, toy classifier\)", said["toy-classifier Frechet distance"])
     assert (drawn / "report.html").is_file() and (drawn / "results.json").is_file()
 
-    Settings.data = "clef:DIR"
-    capsys.readouterr()
-    said = evaluate.of_run(drawn, sorted((folders / "real").iterdir()), Settings)
-    assert "colour mean distance" in said and "weights/inception/" in capsys.readouterr().out
+    said, shown = final.measure(drawn, sorted((folders / "real").iterdir()), False, settings)
+    assert "colour mean distance" in said and "weights/inception/" in shown
 
 
 def test_the_stand_in_is_trained_by_one_call(tmp_path):
     """Far too short to learn anything: it says what share it gets right and leaves a file that loads."""
-    from nanomed.metrics import classifier
+    from nanomed.metrics.networks import classifier
 
     share = toyworld.train_stand_in(str(tmp_path / "classifier.safetensors"), images=24, steps=2, batch=4)
     assert 0 <= share <= 1
@@ -555,9 +555,9 @@ def test_mmcp_draws_2000_rows_of_all_pairs_and_takes_all_images_squashed(challen
     run("--paper", "mmcp", "--real", f"clef:{challenge}", "--seed", "1", inception=False)
     assert (tmp_path / "out" / "prompts.csv").read_text() != text
 
-    from nanomed import setups
+    from nanomed.evaluation import papers
 
-    setup = setups.find("mmcp", f"clef:{challenge}", str(tmp_path), evaluate.Config().seed)
+    setup = papers.find("mmcp", f"clef:{challenge}", str(tmp_path), evaluate.Config().seed)
     assert len(setup.real) == 300 and setup.train is setup.real
     assert setup.real.image(0).shape == (256, 256, 3)
     expected = np.asarray(Image.open(challenge / "images" / "000.jpg").resize((256, 256), Image.Resampling.BILINEAR))

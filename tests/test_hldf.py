@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from nanomed import hldf, samplers
-from nanomed.diffusion import Diffusion, guided
+from nanomed.diffusion import hldf, samplers
+from nanomed.diffusion.guidance import guided
+from nanomed.diffusion.process import Diffusion
 
 SIDE, TOKENS, WIDTH = 4, 5, 16
 

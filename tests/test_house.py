@@ -12,14 +12,27 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tokenizers", "safetensors", "tqdm"}  # the seven of the card
-FLOORS = {  # a module imports from lower floors and from its own package; floor 0 from files and from each other
-    **dict.fromkeys(["files"], 0),
-    **dict.fromkeys(["blocks", "convolution", "diffusion", "samplers", "hldf", "lora", "lowrank"], 1),
-    **dict.fromkeys(["weights", "runtime", "runs", "cache"], 1),
-    **dict.fromkeys(["text", "denoisers", "autoencoders", "data", "metrics"], 2),
-    **dict.fromkeys(["systems", "captions", "training", "imagesets", "toyworld"], 3),
-    **dict.fromkeys(["setups", "measuring"], 4),
-    **dict.fromkeys(["reporting"], 5),
+WALLS = {  # a wing, and the wings that its files may import besides their own; "run.flags" is one file of a wing
+    # floor 1: nothing of nanomed
+    "run": "",
+    "layers": "",
+    # floor 2: files to tensors, images and prompts
+    "weights": "run",
+    "data": "run",
+    # floor 3: the networks, the maths, and what changes or judges them; none of them knows another
+    "diffusion": "weights",
+    "text": "weights run",
+    "denoisers": "layers weights",
+    "autoencoders": "layers weights",
+    "adapters": "weights run",
+    "metrics": "weights run",
+    "captions": "data run",
+    # floor 4: a paper's system, and a set of images with every number about it
+    "systems": "diffusion text denoisers autoencoders adapters data weights run",
+    "evaluation": "metrics data weights run",
+    # floor 5: what the scripts call; a system is handed to them
+    "training": "metrics data weights run",
+    "drawing": "weights run",
 }
 SCRIPTS = ["train.py", "sample.py", "evaluate.py"]
 
@@ -42,7 +55,7 @@ def sources() -> list[Path]:
 
 
 def test_only_the_seven_packages_run():
-    allowed = PACKAGES | set(sys.stdlib_module_names) | {"nanomed", "evaluate", "sample"}
+    allowed = PACKAGES | set(sys.stdlib_module_names) | {"nanomed"}
     for path in sources():
         foreign = {name.split(".")[0] for name in imports(path)} - allowed
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
@@ -56,25 +69,71 @@ def test_pyproject_names_the_seven_packages_and_no_other():
     assert names == (PACKAGES - {"PIL"}) | {"pillow"}
 
 
-def test_no_module_imports_from_its_own_height_or_above():
+def wing(path: Path) -> str:
+    """The wing of a file of the package; "" for the package's own __init__.py."""
+    first = path.relative_to(ROOT / "nanomed").parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def test_every_wing_keeps_to_its_walls():
     for path in (ROOT / "nanomed").rglob("*.py"):
-        parts = path.relative_to(ROOT / "nanomed").with_suffix("").parts
-        if parts == ("__init__",):
-            continue
-        mine = FLOORS[parts[0]]
-        for name in imports(path):
-            target = name.split(".")[1:2]
-            if not name.startswith("nanomed.") or target[0] not in FLOORS or target[0] == parts[0]:
-                continue
-            theirs = FLOORS[target[0]]
-            beside = mine == theirs and (mine <= 1 or (parts[0], target[0]) in {("training", "systems")})
-            assert theirs < mine or beside, f"{path.relative_to(ROOT)} imports {name}"
+        if mine := wing(path):
+            allowed = {mine, *WALLS[mine].split()}
+            theirs = {name.split(".")[1] for name in imports(path) if name.startswith("nanomed.")}
+            assert not theirs - allowed, f"{path.relative_to(ROOT)} imports {theirs - allowed}"
+
+
+def test_the_walls_leave_no_way_back():
+    """A wing stands above everything that it may import, so there is no circle."""
+    floors: dict[str, int] = {}
+    for name, below in WALLS.items():  # the table is in the order of the floors
+        floors[name] = 1 + max((floors[other] for other in below.split()), default=0)
+    assert set(floors) == {wing(path) for path in (ROOT / "nanomed").rglob("*.py")} - {""}
+
+
+def test_nothing_in_the_package_imports_a_script():
+    for path in (ROOT / "nanomed").rglob("*.py"):
+        assert not imports(path) & {name.removesuffix(".py") for name in SCRIPTS}, path.relative_to(ROOT)
+
+
+def test_no_two_files_import_each_other():
+    """No circle of files either, counting imports inside functions."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+             for path in (ROOT / "nanomed").rglob("*.py")}  # fmt: skip
+    arrows = {name: {other for other in imports(path) if other in files and other != name and not
+                     files[other].name == "__init__.py"} for name, path in files.items()}  # fmt: skip
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in arrows[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in files:
+        visit(name, ())
+
+
+def test_every_wing_says_what_it_is_and_may_import():
+    for name in WALLS:
+        path = ROOT / "nanomed" / name
+        said = ast.get_docstring(ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+                                           .read_text(encoding="utf-8")))  # fmt: skip
+        assert said and ("may import" in said.lower()), name
+
+
+def test_folders_hold_about_a_dozen_files_at_most():
+    for folder in {path.parent for path in (ROOT / "nanomed").rglob("*.py")}:
+        count = sum(path.name != "__init__.py" for path in folder.glob("*.py"))
+        assert count <= 13, f"{folder.relative_to(ROOT)}: {count} files"
 
 
 def test_library_code_leaves_gradients_devices_and_printing_to_the_caller():
-    """The scripts and what serves the training loop (training.py, the weights' command line) may."""
+    """The scripts and what serves them (drawing, the training loop, command lines) may."""
     spoken = re.compile(r"\bno_grad\(|inference_mode\(|\.cuda\(|^\s*print\(", re.MULTILINE)
-    allowed = {"training.py", "runs.py", "runtime.py", "weights.py", "__main__.py", "systems/msdm.py"}
+    allowed = {"training/judge.py", "training/caches.py", "training/plan.py", "drawing.py", "evaluation/final.py",
+               "run/flags.py", "run/runs.py", "systems/msdm.py", "__main__.py"}  # fmt: skip
     for path in (ROOT / "nanomed").rglob("*.py"):
         name = path.relative_to(ROOT / "nanomed").as_posix()
         if name.split("/")[-1] not in allowed and name not in allowed:
@@ -91,12 +150,12 @@ def test_nothing_is_unpickled():
 
 def test_no_collective_hides_behind_a_rank():
     """A barrier or a reduction that only one rank reaches hangs all of them."""
-    collective = {"barrier", "all_reduce", "any_rank", "mean_over_ranks", "gather_rows", "average_gradients"}
+    collective = {"barrier", "all_reduce", "any", "mean", "gather", "agree"}
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.If) and "rank" in ast.unparse(node.test) and "== 0" in ast.unparse(node.test):
-                called = {getattr(call.func, "attr", getattr(call.func, "id", ""))
-                          for child in node.body for call in ast.walk(child) if isinstance(call, ast.Call)}  # fmt: skip
+            if isinstance(node, ast.If) and "ranks.first" in ast.unparse(node.test):
+                calls = [call.func for child in node.body for call in ast.walk(child) if isinstance(call, ast.Call)]
+                called = {call.attr for call in calls if "ranks" in ast.unparse(call)}
                 assert not called & collective, f"{path.name}:{node.lineno}"
 
 
@@ -118,7 +177,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_the_readme_parses(command, monkeypatch):
     """Scripts get the flags they have, modules exist, and files that are named are there."""
-    from nanomed import runtime
+    from nanomed.run import flags
 
     words = shlex.split(command)
     if words[0] == "torchrun":
@@ -134,7 +193,7 @@ def test_every_command_of_the_readme_parses(command, monkeypatch):
         return
     assert words[1] in SCRIPTS, command
     module = __import__(words[1].removesuffix(".py"))
-    runtime.parse(module.Config, [word.replace("FILE", "x") for word in words[2:]])
+    flags.parse(module.Config, [word.replace("FILE", "x") for word in words[2:]])
     for word in words[2:]:
         if word.startswith("weights/msdm-tiny/"):
             assert (ROOT / word).is_file(), word
@@ -149,18 +208,18 @@ def test_every_file_that_the_readme_names_exists():
 
 
 def test_every_flag_has_a_help_text():
-    from nanomed import runtime
+    from nanomed.run import flags
 
     for name in SCRIPTS:
         config = __import__(name.removesuffix(".py")).Config
-        comments = runtime._comments(config)
+        comments = flags._comments(config)
         assert set(comments) == {field.name for field in dataclasses.fields(config)}, name
 
 
 def test_help_is_two_screens_at_most(capsys):
-    from nanomed import runtime
+    from nanomed.run import flags
 
     for name in SCRIPTS:
         with pytest.raises(SystemExit):
-            runtime.parse(__import__(name.removesuffix(".py")).Config, ["--help"])
+            flags.parse(__import__(name.removesuffix(".py")).Config, ["--help"])
         assert len(capsys.readouterr().out.splitlines()) < 110, name

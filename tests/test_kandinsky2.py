@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from manifests import about, config, names_and_shapes
 from PIL import Image
 
-from nanomed import lora, weights
+from nanomed import weights
+from nanomed.adapters import lora
 from nanomed.denoisers.kandinsky2 import DecoderUNet, PriorTransformer, shortest
 from nanomed.text.clip import ClipText, ClipTextConfig
 from nanomed.text.clip_vision import MEAN, STD, ClipVision, ClipVisionConfig, preprocess

@@ -15,7 +15,7 @@ from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 import nanomed
 from nanomed import weights
-from nanomed.diffusion import Diffusion
+from nanomed.diffusion.process import Diffusion
 from nanomed.systems.kandinsky2 import Kandinsky2
 from nanomed.text.tokenizers import train_bpe
 

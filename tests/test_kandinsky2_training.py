@@ -18,9 +18,14 @@ from test_kandinsky2_pipeline import LENGTH, MAIN, PROMPTS, WIDTH, miniature
 
 import nanomed
 import train
-from nanomed import lora, runs, runtime, systems
+from nanomed import systems
+from nanomed.adapters import lora
 from nanomed.data import toy
 from nanomed.data.images import padded, to_unit
+from nanomed.run import runs, signals
+from nanomed.run.flags import UsageError
+from nanomed.run.randomness import ImageNoise
+from nanomed.run.signals import PREEMPTED
 from nanomed.systems import kandinsky2, kandinsky2_tiny
 from nanomed.text.clip_vision import preprocess
 
@@ -60,7 +65,7 @@ def run_train(monkeypatch, tmp_path_factory):
                 return "SIGTERM" if self.left <= 0 else ""
 
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--cache", str(cache), *flags])
-        monkeypatch.setattr(runtime, "StopSignal", Stop)
+        monkeypatch.setattr(signals, "StopSignal", Stop)
         return train.main(), runs.newest(out)
 
     return go
@@ -185,7 +190,7 @@ def test_a_stage_trains_its_adapters_alone(system):
 
 
 def test_published_weights_are_not_trained_whole(system):
-    with pytest.raises(runtime.UsageError, match="--rank 0: stage prior trains adapters"):
+    with pytest.raises(UsageError, match="--rank 0: stage prior trains adapters"):
         system.trainable("prior")
 
 
@@ -230,9 +235,9 @@ def test_the_papers_three_stages(run_train, folder, tmp_path):
 
 
 def test_a_base_needs_to_be_a_run_and_a_stage_to_be_said(run_train, tmp_path):
-    with pytest.raises(runtime.UsageError, match="say with --stage"):
+    with pytest.raises(UsageError, match="say with --stage"):
         run_train(tmp_path, *TINY, "--base", "nowhere")
-    with pytest.raises(runtime.UsageError, match="nowhere: not a run folder"):
+    with pytest.raises(UsageError, match="nowhere: not a run folder"):
         run_train(tmp_path, *TINY, "--stage", "prior", "--base", "nowhere")
 
 
@@ -256,7 +261,7 @@ def test_the_miniature_trains_draws_and_is_adapted(run_train, base, tmp_path_fac
     run = trained(run_train, base, tmp_path_factory)
     assert json.loads((run / "state.json").read_text())["stages"] == ["vae", "prior", "decoder"]
     system = nanomed.load(run)
-    images = system.sample(["Generate an image with 1 polyp."] * 2, runtime.ImageNoise(0, [0, 1]), steps=2)
+    images = system.sample(["Generate an image with 1 polyp."] * 2, ImageNoise(0, [0, 1]), steps=2)
     assert images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
 
     code, tuned = run_train(
@@ -284,7 +289,7 @@ def test_stopped_in_the_middle_an_adapter_goes_on_exactly(run_train, base, tmp_p
     ]
     _, straight = run_train(tmp_path / "a", *flags)
     code, run = run_train(tmp_path / "b", *flags, stop_after=3)
-    assert code == runtime.PREEMPTED
+    assert code == PREEMPTED
     code, run = run_train(tmp_path / "b", *flags, "--resume", "latest")
     assert code == 0
     a, b = adapter(straight, "decoder"), adapter(run, "decoder")

@@ -19,8 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanomed import files, lora, runtime, weights
-from nanomed.lowrank import LoraConv2d, LoraLinear, LowRankLinear
+from nanomed import weights
+from nanomed.adapters import formats, lora
+from nanomed.adapters.layer import LoraConv2d, LoraLinear, LowRankLinear
+from nanomed.run import files
+from nanomed.training.optimizer import clip_gradients
 from nanomed.weights import WeightsError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "proj_out", "conv")
@@ -425,7 +428,7 @@ def test_clipping_sees_every_tensor_of_the_adapter(net, image):
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params]))
     for p in params:
         p.grad *= 4e4 / norm
-    before, count = runtime.clip_gradients(params, 1.0)
+    before, count = clip_gradients(params, 1.0)
     assert count == len(params) == 3 * len([m for m in net.modules() if isinstance(m, (LoraLinear, LoraConv2d))])
     assert abs(before.item() / 4e4 - 1) < 1e-5
     after = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params]))
@@ -495,7 +498,7 @@ def test_names_and_shapes_are_those_of_published_adapters(adapter):
     lora.inject(net, head["r"], alpha=head["lora_alpha"], targets=targets)
     ours = {f"base_model.model.{name}": tuple(t.shape) for name, t in lora.state(net).items()}
     assert ours == names_and_shapes(adapter)
-    assert lora.config(net)["target_modules"] == sorted(lora.config(net)["target_modules"])
+    assert formats.config(net)["target_modules"] == sorted(formats.config(net)["target_modules"])
 
 
 def test_suffixes_begin_at_a_dot(net):
@@ -532,10 +535,10 @@ def test_what_cannot_be_adapted_is_said(net):
 def test_peft_reads_our_folder(net, image, tmp_path, ours, theirs):
     bare = copy.deepcopy(net)
     stir(lora.inject(net, targets=TARGETS, **ours))
-    lora.save_peft(tmp_path / "a", net)  # a base model's name would make peft look for it on the net
+    formats.save_peft(tmp_path / "a", net)  # a base model's name would make peft look for it on the net
     model = peft.PeftModel.from_pretrained(bare, tmp_path / "a")
     close(model(image), net(image), 1e-5)
-    lora.save_peft(tmp_path / "c", net, base_model="org/net")
+    formats.save_peft(tmp_path / "c", net, base_model="org/net")
     assert peft.PeftConfig.from_pretrained(tmp_path / "c").base_model_name_or_path == "org/net"
     written = load_file(tmp_path / "a" / "adapter_model.safetensors")
     model.save_pretrained(tmp_path / "b")
@@ -548,10 +551,10 @@ def test_we_read_peft_folders(net, image, tmp_path, ours, theirs):
     model = in_peft(net, theirs)
     stir(p for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
-    params = lora.load_peft(tmp_path, net)
+    params = formats.load_peft(tmp_path, net)
     close(net(image), model(image), 1e-5)
     assert all(p.requires_grad for p in params) and sum(p.requires_grad for p in net.parameters()) == len(params)
-    lora.save_peft(tmp_path / "again", net)
+    formats.save_peft(tmp_path / "again", net)
     first, second = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
@@ -565,7 +568,7 @@ def test_target_modules_choose_the_same_layers_in_peft(net, tmp_path):
     ]:
         network = copy.deepcopy(net)
         lora.inject(network, 2, targets=chosen)
-        assert lora.config(network)["target_modules"] == written
+        assert formats.config(network)["target_modules"] == written
     network = copy.deepcopy(net)  # only the outermost proj_out, whose name is the ending of others
     lora.inject(network, 2, targets=["blocks.0.attn1.to_q"])
     state = {
@@ -578,8 +581,8 @@ def test_target_modules_choose_the_same_layers_in_peft(net, tmp_path):
         {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": ["^proj_out"]},
     )
     network = copy.deepcopy(net)
-    lora.load_peft(tmp_path, network)
-    lora.save_peft(tmp_path / "again", network)
+    formats.load_peft(tmp_path, network)
+    formats.save_peft(tmp_path / "again", network)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "again")
     assert sum(".lora_A." in name for name, _ in model.named_parameters()) == 1
 
@@ -592,7 +595,7 @@ def test_peft_pickles_are_read_as_plain_tensors(net, image, tmp_path):
     if not (tmp_path / "adapter_model.bin").exists():  # peft has stopped writing them
         torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
         (tmp_path / "adapter_model.safetensors").unlink()
-    lora.load_peft(tmp_path, net)
+    formats.load_peft(tmp_path, net)
     close(net(image), model(image), 1e-5)
 
 
@@ -631,7 +634,7 @@ def draw(unet, seed=3):
 def test_diffusers_reads_our_file(unet, tmp_path, ours):
     ours_net, theirs = copy.deepcopy(unet), copy.deepcopy(unet)
     stir(lora.inject(ours_net, targets=UNET_TARGETS, **ours), by=0.1)
-    lora.save_diffusers(tmp_path, {"unet": ours_net})
+    formats.save_diffusers(tmp_path, {"unet": ours_net})
     state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
     StableDiffusionPipeline.load_lora_into_unet(state, alphas, theirs, metadata=metadata)
     close(draw(ours_net), draw(theirs), 1e-5)
@@ -642,7 +645,7 @@ def test_diffusers_reads_our_file(unet, tmp_path, ours):
     assert settings["unet.lora_alpha"] == ours.get("alpha", 4) and settings["unet.r"] == 4
 
     again = copy.deepcopy(unet)
-    lora.load_diffusers(tmp_path, {"unet": again})
+    formats.load_diffusers(tmp_path, {"unet": again})
     assert all(torch.equal(t, lora.state(again)[n]) for n, t in lora.state(ours_net).items())
     assert torch.equal(draw(again), draw(ours_net))
 
@@ -664,7 +667,7 @@ def test_we_read_what_diffusers_writes(unet, tmp_path, ours):
         tmp_path, peft.get_peft_model_state_dict(theirs),
         unet_lora_adapter_metadata=json.loads(json.dumps(theirs.peft_config["default"].to_dict(), default=list)),
     )  # fmt: skip
-    lora.load_diffusers(tmp_path, {"unet": ours_net})
+    formats.load_diffusers(tmp_path, {"unet": ours_net})
     close(draw(ours_net), draw(theirs), 1e-5)
 
 
@@ -698,12 +701,12 @@ def test_older_diffusers_spellings_are_read(unet, tmp_path):
     for name, tensors in spellings.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
         ours = copy.deepcopy(unet)
-        lora.load_diffusers(tmp_path / f"{name}.safetensors", {"unet": ours})
+        formats.load_diffusers(tmp_path / f"{name}.safetensors", {"unet": ours})
         close(draw(ours), draw(model), 1e-5)
     half = {k: t.half() for k, t in spellings["peft"].items()}  # fp16 files become fp32 adapters
     save_file(half, tmp_path / "half.safetensors")
     ours = copy.deepcopy(unet)
-    assert all(p.dtype == torch.float32 for p in lora.load_diffusers(tmp_path / "half.safetensors", {"unet": ours}))
+    assert all(p.dtype == torch.float32 for p in formats.load_diffusers(tmp_path / "half.safetensors", {"unet": ours}))
 
 
 class Text(nn.Module):
@@ -732,7 +735,7 @@ def test_text_encoder_spellings_are_read(tmp_path, spelling, root):
     }
     save_file(tensors, tmp_path / "a.safetensors")
     text = Text()
-    lora.load_diffusers(tmp_path / "a.safetensors", {"text_encoder": text})
+    formats.load_diffusers(tmp_path / "a.safetensors", {"text_encoder": text})
     attention = text.text_model.layers[0].self_attn
     assert torch.equal(attention.q_proj.lora_A.weight, down) and torch.equal(attention.q_proj.lora_B.weight, up)
     assert attention.q_proj.scale == 1 and type(attention.out_proj) is nn.Linear
@@ -743,7 +746,7 @@ def test_one_file_for_several_parts(unet, tmp_path):
     net, text = copy.deepcopy(unet), Text()
     stir([*lora.inject(net, 4, alpha=5), *lora.inject(text, 2, alpha=3, targets=["q_proj"], kind="dora")])
     parts = {"unet": net, "text_encoder": text}
-    for save, load in ((lora.save_diffusers, lora.load_diffusers), (lora.save_kohya, lora.load_kohya)):
+    for save, load in ((formats.save_diffusers, formats.load_diffusers), (formats.save_kohya, formats.load_kohya)):
         path = tmp_path / f"{save.__name__}.safetensors"
         save(path, parts)
         again = {"unet": copy.deepcopy(unet), "text_encoder": Text()}
@@ -766,7 +769,7 @@ def test_medarts_t5_adapter_is_under_unet(tmp_path):
         f"unet.base_model.model.encoder.q.lora_{k}.weight": torch.randn(s) for k, s in (("A", (2, 4)), ("B", (4, 2)))
     }
     save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
-    lora.load_diffusers(tmp_path, {"text_encoder": t5})
+    formats.load_diffusers(tmp_path, {"text_encoder": t5})
     assert torch.equal(t5["encoder"]["q"].lora_A.weight, tensors["unet.base_model.model.encoder.q.lora_A.weight"])
 
 
@@ -777,7 +780,7 @@ def test_diffusers_reads_our_kohya_file(unet, tmp_path, ours):
     alphas that differ from layer to layer: the next test has those.)"""
     ours_net, theirs = copy.deepcopy(unet), copy.deepcopy(unet)
     stir(lora.inject(ours_net, targets=lora.ATTENTION, **ours), by=0.1)
-    lora.save_kohya(tmp_path / "a.safetensors", {"unet": ours_net})
+    formats.save_kohya(tmp_path / "a.safetensors", {"unet": ours_net})
     state, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "a.safetensors")
     StableDiffusionPipeline.load_lora_into_unet(state, alphas, theirs)
     close(draw(ours_net), draw(theirs), 1e-5)
@@ -789,7 +792,7 @@ def test_kohya_files_mean_what_the_format_says(unet, tmp_path, ours):
     d (W + ...) / |W + ...| over the inputs (ComfyUI's and LyCORIS' formula)."""
     net, folded = copy.deepcopy(unet), copy.deepcopy(unet)
     stir(lora.inject(net, targets=UNET_TARGETS, **ours), by=0.1)
-    lora.save_kohya(tmp_path / "a.safetensors", {"unet": net})
+    formats.save_kohya(tmp_path / "a.safetensors", {"unet": net})
     tensors = {key: tensor.double() for key, tensor in load_file(tmp_path / "a.safetensors").items()}
     for name, layer in folded.named_modules():
         key = f"lora_unet_{name.replace('.', '_')}"
@@ -810,7 +813,7 @@ def test_kohya_files_mean_what_the_format_says(unet, tmp_path, ours):
 def test_kohya_files_come_back(unet, tmp_path, ours):
     net, again = copy.deepcopy(unet), copy.deepcopy(unet)
     stir(lora.inject(net, targets=UNET_TARGETS, **ours), by=0.1)
-    lora.save_kohya(tmp_path / "a.safetensors", {"unet": net})
+    formats.save_kohya(tmp_path / "a.safetensors", {"unet": net})
     tensors = load_file(tmp_path / "a.safetensors")
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert tensors[f"{key}.alpha"].shape == () and tensors[f"{key}.lora_down.weight"].shape == (4, 8)
@@ -819,7 +822,7 @@ def test_kohya_files_come_back(unet, tmp_path, ours):
     ):  # one column, as LyCORIS and ComfyUI take it: (out, 1), of convolutions (out, 1, 1, 1)
         assert tensors[f"{key}.dora_scale"].shape == (8, 1)
         assert tensors["lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"].shape == (8, 1, 1, 1)
-    lora.load_kohya(tmp_path / "a.safetensors", {"unet": again})
+    formats.load_kohya(tmp_path / "a.safetensors", {"unet": again})
     close(draw(again), draw(net), 1e-5)
 
 
@@ -827,7 +830,7 @@ def test_kohya_without_alpha_has_scale_one_and_1x1_convolutions_read_as_linear(t
     net = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(4, 3)})})
     a, b = torch.randn(2, 4, 1, 1), torch.randn(3, 2, 1, 1)
     save_file({"lora_unet_a_b_c.lora_down.weight": a, "lora_unet_a_b_c.lora_up.weight": b}, tmp_path / "a.safetensors")
-    lora.load_kohya(tmp_path / "a.safetensors", {"unet": net})
+    formats.load_kohya(tmp_path / "a.safetensors", {"unet": net})
     layer = net["a_b"]["c"]
     assert layer.scale == 1 and torch.equal(layer.lora_A.weight, a[:, :, 0, 0])
 
@@ -836,14 +839,14 @@ def test_kohya_underscores_that_mean_two_layers_are_refused(tmp_path):
     net = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(4, 4)}), "a": nn.ModuleDict({"b_c": nn.Linear(4, 4)})})
     one = copy.deepcopy(net)
     lora.inject(one, 2, targets=["a_b.c"])
-    lora.save_kohya(tmp_path / "a.safetensors", {"unet": one})
+    formats.save_kohya(tmp_path / "a.safetensors", {"unet": one})
     with pytest.raises(WeightsError, match=r"a_b_c may be a\.b_c or a_b\.c"):
-        lora.load_kohya(tmp_path / "a.safetensors", {"unet": net})
+        formats.load_kohya(tmp_path / "a.safetensors", {"unet": net})
     with pytest.raises(ValueError, match="one denoiser"):
-        lora.save_kohya(tmp_path / "b.safetensors", {"prior": one, "unet": one})
+        formats.save_kohya(tmp_path / "b.safetensors", {"prior": one, "unet": one})
     lora.inject(net, 2, targets=["c", "b_c"])
     with pytest.raises(ValueError, match="two layers are lora_unet_a_b_c"):
-        lora.save_kohya(tmp_path / "b.safetensors", {"unet": net})
+        formats.save_kohya(tmp_path / "b.safetensors", {"unet": net})
 
 
 def test_mixed_ranks_without_alpha_keep_scale_one(tmp_path, net):
@@ -855,7 +858,7 @@ def test_mixed_ranks_without_alpha_keep_scale_one(tmp_path, net):
             f"unet.{name}.lora_B.weight": torch.randn(16, rank),
         }
     save_file(tensors, tmp_path / "a.safetensors")
-    lora.load_diffusers(tmp_path / "a.safetensors", {"unet": net})
+    formats.load_diffusers(tmp_path / "a.safetensors", {"unet": net})
     assert net.blocks[0].attn1.to_q.scale == net.blocks[0].attn1.to_k.scale == 1
 
 
@@ -933,7 +936,7 @@ def broken(tensors, config, what):
 )
 def test_bad_adapters_are_refused_and_change_nothing(net, image, tmp_path, what, message):
     lora.inject(net, 4)
-    lora.save_peft(tmp_path, net)
+    formats.save_peft(tmp_path, net)
     lora.remove(net)
     net.requires_grad_(True)
     out = net(image)
@@ -945,7 +948,7 @@ def test_bad_adapters_are_refused_and_change_nothing(net, image, tmp_path, what,
     files.write_json(tmp_path / "adapter_config.json", config)
     files.write_tensors(tmp_path / "adapter_model.safetensors", tensors)
     with pytest.raises(WeightsError, match=message) as caught:
-        lora.load_peft(tmp_path, net)
+        formats.load_peft(tmp_path, net)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     assert torch.equal(net(image), out) and all(p.requires_grad for p in net.parameters())
     assert all(type(m) is not LoraLinear for m in net.modules())
@@ -953,31 +956,31 @@ def test_bad_adapters_are_refused_and_change_nothing(net, image, tmp_path, what,
 
 def test_files_that_are_missing_or_damaged(net, tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
-        lora.load_peft(tmp_path / "nowhere", net)
+        formats.load_peft(tmp_path / "nowhere", net)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(WeightsError, match="adapter_config.json is not JSON"):
-        lora.load_peft(tmp_path, net)
+        formats.load_peft(tmp_path, net)
     lora.inject(net, 4)
-    lora.save_peft(tmp_path, net)
+    formats.save_peft(tmp_path, net)
     with pytest.raises(ValueError, match="has an adapter already"):
-        lora.load_peft(tmp_path, net)
+        formats.load_peft(tmp_path, net)
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-5])
     with pytest.raises(WeightsError, match="adapter_model.safetensors: .*not complete"):
-        lora.load_peft(tmp_path, Net())
+        formats.load_peft(tmp_path, Net())
 
 
 def test_dora_in_some_layers_only_is_refused(tmp_path):
     """No format but kohya's can say it, so it could not be saved again."""
     net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     lora.inject(net, 2, targets=["a", "b"], kind="dora")
-    lora.save_kohya(tmp_path / "a.safetensors", {"unet": net})
+    formats.save_kohya(tmp_path / "a.safetensors", {"unet": net})
     tensors = load_file(tmp_path / "a.safetensors")
     del tensors["lora_unet_b.dora_scale"]
     save_file(tensors, tmp_path / "a.safetensors")
     lora.remove(net)
     with pytest.raises(WeightsError, match="DoRA in some layers"):
-        lora.load_kohya(tmp_path / "a.safetensors", {"unet": net})
+        formats.load_kohya(tmp_path / "a.safetensors", {"unet": net})
 
 
 def test_kohya_dora_over_the_inputs_is_refused(tmp_path):
@@ -986,16 +989,16 @@ def test_kohya_dora_over_the_inputs_is_refused(tmp_path):
                "lora_unet_a.dora_scale": torch.ones(1, 4)}  # fmt: skip
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="not one per output channel"):
-        lora.load_kohya(tmp_path / "a.safetensors", {"unet": nn.ModuleDict({"a": nn.Linear(4, 4)})})
+        formats.load_kohya(tmp_path / "a.safetensors", {"unet": nn.ModuleDict({"a": nn.Linear(4, 4)})})
 
 
 def test_files_can_be_written_over_while_their_tensors_are_in_use(net, image, tmp_path):
     """A mapped file written anew has zeroed adapters elsewhere: loaded tensors are copies, files are renamed."""
     stir(lora.inject(net, 4))
-    lora.save_peft(tmp_path, net)
+    formats.save_peft(tmp_path, net)
     again = Net()
     again.load_state_dict({k: v for k, v in net.state_dict().items() if ".lora_" not in k})
-    lora.load_peft(tmp_path, again)
+    formats.load_peft(tmp_path, again)
     out = again(image)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(b"\0" * path.stat().st_size)

@@ -25,11 +25,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import nanomed
 import train
-from nanomed import data, hldf, lora, runs, runtime, systems
+from nanomed import data, systems
+from nanomed.adapters import lora
 from nanomed.autoencoders.kl import AutoencoderKL
 from nanomed.data import DataError
 from nanomed.denoisers.pixart import PixArtTransformer
-from nanomed.diffusion import guided
+from nanomed.diffusion import hldf
+from nanomed.diffusion.guidance import guided
+from nanomed.run import flags, runs, signals
+from nanomed.run.flags import UsageError
+from nanomed.run.randomness import ImageNoise
+from nanomed.run.signals import PREEMPTED
 from nanomed.systems.medart import PRESETS, MedArt, tiny_tokenizer
 from nanomed.text.t5 import T5Config, T5Encoder
 
@@ -112,7 +118,7 @@ def test_presets_are_the_released_commands(preset, epochs, every):
     recipe = systems.recipe(preset) | systems.recipe(preset, "adapters")
     said = dict(rank=8, lr=1e-4, weight_decay=1e-2, batch=1, precision="bf16", clip=1.0, ema=0.0, epochs=epochs)
     assert said.items() <= recipe.items()
-    config = runtime.parse(train.Config, ["--model", preset], presets=systems.recipe)
+    config = flags.parse(train.Config, ["--model", preset], presets=systems.recipe)
     assert config.augment and config.schedule == "constant" and config.adapter == "lora"
     system = published(**PRESETS[preset])
     assert system.config()["hldf_every"] == every and system.config()["hldf_steps"] == 20
@@ -266,7 +272,7 @@ def test_what_learns_to_read_here_reads_in_training_what_it_is_asked():
 
 
 def test_an_unknown_kind_of_adapter_is_refused():
-    with pytest.raises(runtime.UsageError, match="--text_adapter loha: choose none"):
+    with pytest.raises(UsageError, match="--text_adapter loha: choose none"):
         small(text_adapter="loha")
 
 
@@ -350,7 +356,7 @@ def run_train(monkeypatch, tmp_path_factory):
 
     def go(out, *flags, stop_after=10**9):
         monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--out", str(out), "--cache", str(cache), *flags])
-        monkeypatch.setattr(runtime, "StopSignal", StopAfter(stop_after))
+        monkeypatch.setattr(signals, "StopSignal", StopAfter(stop_after))
         code = train.main()
         return code, runs.newest(out)
 
@@ -389,7 +395,7 @@ def test_the_tiny_preset_from_nothing_to_adapters_that_peft_loads(run_train, fin
     close(ours, reference, 1e-5)
     settings = json.loads((model / "transformer_lora" / "adapter_config.json").read_text())
     assert settings["r"] == 8 and settings["lora_alpha"] == 8
-    images = trained.sample(["a polyp", "two polyps"], runtime.ImageNoise(0, range(2)), steps=2)
+    images = trained.sample(["a polyp", "two polyps"], ImageNoise(0, range(2)), steps=2)
     assert images.shape == (2, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
 
 
@@ -404,7 +410,7 @@ def test_resume_is_bitwise_exact_across_hldf_steps(run_train, finished, tmp_path
     whole = runs.newest(finished) or run_train(finished)[1]
     code, _ = run_train(tmp_path, stop_after=stops[0])
     for stop in (*stops[1:], 10**9):
-        assert code == runtime.PREEMPTED
+        assert code == PREEMPTED
         code, run = run_train(tmp_path, "--resume", "latest", stop_after=stop)
     assert code == 0
     paths = sorted(path.relative_to(whole) for path in whole.glob("model/*/*.safetensors"))
@@ -417,7 +423,7 @@ def test_resume_is_bitwise_exact_across_hldf_steps(run_train, finished, tmp_path
 
 def test_flags_of_med_art_are_refused_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "msdm-tiny", "--hldf_every", "5"])
-    with pytest.raises(runtime.UsageError, match="--hldf_every: msdm-tiny has no such setting"):
+    with pytest.raises(UsageError, match="--hldf_every: msdm-tiny has no such setting"):
         train.main()
 
 
@@ -433,10 +439,12 @@ import sys
 
 import conftest
 import torch
-from nanomed import runtime
+from nanomed.run.randomness import ImageNoise
+from nanomed.run.ranks import Ranks
 from test_medart import PROMPTS, small
 
-rank, world, device = runtime.init()
+ranks = Ranks.join()
+rank, world, device = ranks.rank, ranks.world, ranks.device
 system = small()
 if world > 1:
     system.shard(device)
@@ -450,12 +458,12 @@ for row in [rank] if world > 1 else [0, 1]:  # each process has one of the image
     torch.manual_seed(row)
     loss = system({"image": images[row : row + 1], "prompt": PROMPTS[row : row + 1]}, "adapters", 0)["loss"]
     (loss / (1 if world > 1 else 2)).backward()
-runtime.average_gradients(params)
+ranks.average_gradients(params)
 found = torch.cat([p.grad.flatten() for p in params])
 system.eval()
 with torch.no_grad():
     for _ in range(1 + rank):  # unevenly many
-        drawn = system.sample(PROMPTS, runtime.ImageNoise(0, range(2)), steps=2)
+        drawn = system.sample(PROMPTS, ImageNoise(0, range(2)), steps=2)
 system.trainable("adapters")  # in pieces again
 system({"image": images[:1], "prompt": PROMPTS[:1]}, "adapters", 1)["loss"].backward()
 if rank == 0:

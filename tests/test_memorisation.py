@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nanomed import weights
 from nanomed.data import toy
-from nanomed.metrics import classifier
 from nanomed.metrics.features import toy_features
 from nanomed.metrics.memorisation import benjamini_hochberg, examine, nearest, pixels, tail_p
+from nanomed.metrics.networks import classifier
 
 POOL = 700  # toy scenes of the default tests; the slow one draws from four thousand
 

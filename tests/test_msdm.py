@@ -9,11 +9,11 @@ from conftest import close
 from manifests import names_and_shapes
 from safetensors.torch import load_file
 
-from nanomed import lora
+from nanomed.adapters import lora
 from nanomed.autoencoders.losses import VGGDistance, ssim
 from nanomed.autoencoders.msdm import MSDMVAE
-from nanomed.convolution import convolve
 from nanomed.denoisers.msdm import MSDMUNet
+from nanomed.layers.convolution import convolve
 
 LAST = torch.channels_last
 

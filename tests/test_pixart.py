@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanomed import lora, weights
+from nanomed import weights
+from nanomed.adapters import lora
 from nanomed.denoisers.pixart import OPTIONAL, PixArtConfig, PixArtTransformer, load_pixart, positions
 
 # The published shapes in small: 16 latents a side at training is 512 pixels, 128 is 1024-MS, in whose network the size
@@ -331,7 +332,7 @@ def load(name):
     return network
 load("small")
 start = peak()
-weights.CHUNK //= 8  # the published file is eight times as large as this one, and mapped in pieces of that size
+weights.tensors.CHUNK //= 8  # the published file is eight times as large as this one, and mapped in pieces of that size
 network = load("large")
 held = sum(t.numel() * t.element_size() for t in network.parameters())
 assert held > 100e6

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import nanomed
-from nanomed import lora, systems, weights
+from nanomed import systems, weights
+from nanomed.adapters import lora
 from nanomed.systems.pixart import PixArt, binned, cropped, read_scheduler
 from nanomed.text.t5 import T5Encoder
 from nanomed.text.unigram import train_unigram

@@ -13,7 +13,8 @@ from conftest import close
 from manifests import names_and_shapes
 from pytorch_fid.fid_score import calculate_frechet_distance
 
-from nanomed.metrics import features, inception, scores
+from nanomed.metrics import features, scores
+from nanomed.metrics.networks import inception
 
 
 def pictures(count: int, side: tuple[int, int], seed: int) -> list[np.ndarray]:

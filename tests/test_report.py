@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nanomed import imagesets, measuring, reporting
-from nanomed.metrics import entries, memorisation, report, table
+from nanomed.evaluation import imagesets, measuring, reports, table, webpage
+from nanomed.metrics import entries, memorisation
 from nanomed.metrics.colour import measure
 
 NASTY = [
@@ -83,20 +83,20 @@ def outcome(tmp_path) -> measuring.Outcome:
 
 
 def test_nothing_that_is_written_on_the_page_becomes_markup(outcome):
-    page = reporting.page(outcome)
+    page = reports.page(outcome)
     page.encode("utf-8")  # lone surrogates too
     seen = Reader(page)
     for tag, attributes in seen.elements:
         assert tag in ALLOWED and set(attributes) <= ALLOWED[tag], (tag, attributes)
     for prompt in NASTY[:6]:
         assert prompt in seen.texts, prompt  # it is there, to the letter
-    assert NASTY[7] in seen.texts and NASTY[7][: report.SHOWN] + "…" in seen.texts  # folded, but whole
+    assert NASTY[7] in seen.texts and NASTY[7][: webpage.SHOWN] + "…" in seen.texts  # folded, but whole
     assert "nul  bell  lone surrogate ? emoji \U0001f9a0" in seen.texts
 
 
 def test_nothing_comes_from_elsewhere(outcome):
     """No element that loads, and a policy that forbids it should one slip in."""
-    page = reporting.page(outcome)
+    page = reports.page(outcome)
     elements = Reader(page).elements
     sources = [attributes["src"] for tag, attributes in elements if tag == "img"]
     assert len(sources) > 50 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
@@ -109,12 +109,12 @@ def test_nothing_comes_from_elsewhere(outcome):
 
 
 def test_real_and_generated_images_of_a_prompt_stand_side_by_side(outcome):
-    rows = list(reporting._rows(*outcome.sets.reals.values(), outcome.sets.fake))
+    rows = list(reports._rows(*outcome.sets.reals.values(), outcome.sets.fake))
     assert len(rows) == len(NASTY)
     for row in rows:
         said = "" if row.heading == "(no prompt)" else row.heading
         for images, pictures in ((*outcome.sets.reals.values(), row.real), (outcome.sets.fake, row.fake)):
-            expected = [i for i in range(24) if images.prompts[i] == (said,)][: reporting.STRIP]
+            expected = [i for i in range(24) if images.prompts[i] == (said,)][: reports.STRIP]
             assert [p.caption for p in pictures] == [images.title(i) for i in expected]
             assert all((p.image == images.image(i)).all() for p, i in zip(pictures, expected))
 
@@ -122,11 +122,11 @@ def test_real_and_generated_images_of_a_prompt_stand_side_by_side(outcome):
 def test_classes_go_before_prompts_and_files_without_either_stand_in_order(outcome):
     (real,), fake = outcome.sets.reals.values(), outcome.sets.fake
     labels = tuple("ab"[i % 2] for i in range(24))
-    by_class = list(reporting._rows(imagesets.replace(real, labels=labels), imagesets.replace(fake, labels=labels)))
+    by_class = list(reports._rows(imagesets.replace(real, labels=labels), imagesets.replace(fake, labels=labels)))
     assert [row.heading for row in by_class] == ["a", "b"]
-    plain = list(reporting._rows(imagesets.replace(real, prompts=()), imagesets.replace(fake, prompts=())))
+    plain = list(reports._rows(imagesets.replace(real, prompts=()), imagesets.replace(fake, prompts=())))
     assert [p.caption for p in plain[1].fake] == [fake.title(i) for i in range(4, 8)]
-    half = list(reporting._rows(imagesets.replace(real, prompts=()), fake))
+    half = list(reports._rows(imagesets.replace(real, prompts=()), fake))
     assert [p.caption for p in half[1].real] == [real.title(i) for i in range(4, 8)] and "not known" in half[1].label
 
 
@@ -139,22 +139,22 @@ def test_a_page_of_5000_large_images_is_a_small_file(tmp_path, outcome):
     pairs = [memorisation.Pair(i, i, "pixels", 0.0, 0.0, True) for i in range(5000)]
     found = memorisation.Memorisation(outcome.nearest.spaces, np.zeros(5000), list(range(5000)), pairs, 0.01, False)
     colours = {"many": measure([picture(0)])}
-    page = reporting.page(
+    page = reports.page(
         measuring.Outcome(measuring.Sets({"many": many}, many, many), {"many": {}}, {}, [], colours, found)
     )
-    assert page.count("<img") <= 2 * reporting.ROWS * reporting.STRIP + 2 * reporting.PAIRS
+    assert page.count("<img") <= 2 * reports.ROWS * reports.STRIP + 2 * reports.PAIRS
     assert len(page.encode()) < 5e6
 
 
 def test_drawings_are_well_formed_and_show_the_shares():
     shares = np.array([0.0, 0.25, 0.5, 0.25])
-    drawn = report.histogram("a < b", {"real": shares, "generated": shares[::-1]}, 0, 1)
+    drawn = webpage.histogram("a < b", {"real": shares, "generated": shares[::-1]}, 0, 1)
     svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", drawn).group().replace('role="img"', ""))
     polygons = svg.findall("polygon")
     heights = [float(point.split(",")[1]) for point in polygons[0].get("points").split()]
     base, top = max(heights), min(heights)
     assert len(polygons) == 2 and [round((base - y) / (base - top), 2) for y in heights[1:-1:2]] == [0, 0.5, 1, 0.5]
-    assert report.binned(np.array([-1.0, 0.1, 0.9, 7.0]), 0, 1, 2).tolist() == [0.5, 0.5]
+    assert webpage.binned(np.array([-1.0, 0.1, 0.9, 7.0]), 0, 1, 2).tolist() == [0.5, 0.5]
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -183,7 +183,7 @@ def test_the_best_is_marked_in_each_column():
     assert lines[1].split() == ["a", "3.0000", "0.4000"] and lines[2].split() == ["b", "*2.0000", "*0.6000"]
     assert lines[3].split() == ["c", "undefined", "*0.6000"]
     assert "\033[1m   2.0000\033[0m" in table.columns(runs, bold=True) and "*" not in table.columns(runs, mark=False)
-    assert report.comparison(runs).count('class="best"') == 3
+    assert webpage.comparison(runs).count('class="best"') == 3
 
 
 @pytest.mark.parametrize("what", ["protocol", "network", "real"])
@@ -214,4 +214,4 @@ def test_small_numbers_of_images_are_flagged():
     assert "too few images for an interval" in entries.small(19)["flag"]
     results = {"FID": entry(2.0, n=50) | entries.small(50, biased=True)}
     assert "! FID: N = 50 is below 2,048" in table.full(results)
-    assert "below 2,048" in report.measures(results)
+    assert "below 2,048" in webpage.measures(results)

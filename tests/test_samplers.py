@@ -8,8 +8,9 @@ import torch
 from conftest import close
 from safetensors.torch import load_file
 
-from nanomed import samplers
-from nanomed.diffusion import Diffusion, guided, self_conditioned
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided, self_conditioned
+from nanomed.diffusion.process import Diffusion
 
 MSDM = dict(beta_start=0.002, beta_end=0.02, schedule="scaled_linear", spacing="msdm")
 

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 import nanomed
-import sample
-from nanomed import files, runtime, systems
+from nanomed import drawing, systems
 from nanomed.data import grammar
+from nanomed.run import files
+from nanomed.run.flags import UsageError
+from nanomed.run.randomness import ImageNoise
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = grammar.all_prompts()[:7] * 2  # 14 rows, 7 texts
@@ -42,8 +44,8 @@ def model(tmp_path_factory) -> Path:
 def draw(model):
     def go(out: Path, prompts=PROMPTS, **settings) -> dict[str, bytes]:
         torch.set_num_threads(1)
-        config = sample.Config(out=str(out), **({"batch": 4, "steps": 2} | settings))
-        sample.draw(nanomed.load(model), prompts, config, 0, 1, torch.device("cpu"))
+        how = drawing.Drawing(out=str(out), **({"batch": 4, "steps": 2} | settings))
+        drawing.draw(nanomed.load(model), prompts, how)
         return images(out)
 
     return go
@@ -105,19 +107,19 @@ def test_every_distinct_text_is_encoded_once(model, tmp_path, monkeypatch):
         system.encode_text(prompts), system.encode_text([""] * len(prompts)), torch.zeros(len(prompts), 3, 8, 8)
     )[2])  # fmt: skip
     monkeypatch.setattr(files, "write_png", lambda path, image: path.write_bytes(b""))
-    monkeypatch.setattr(sample, "_whole", lambda path: path.is_file())
-    config = sample.Config(out=str(tmp_path), batch=250)
-    sample.draw(system, prompts, config, 0, 1, torch.device("cpu"))
+    monkeypatch.setattr(drawing, "whole", lambda path: path.is_file())
+    how = drawing.Drawing(out=str(tmp_path), batch=250)
+    drawing.draw(system, prompts, how)
     assert len(seen) == 261 and set(seen) == {*texts, ""}
 
 
 def test_other_settings_are_not_mixed_into_a_folder(draw, tmp_path):
     draw(tmp_path, prompts=PROMPTS[:2])
-    with pytest.raises(runtime.UsageError, match=r"other settings \(seed\)"):
+    with pytest.raises(UsageError, match=r"other settings \(seed\)"):
         draw(tmp_path, prompts=PROMPTS[:2], seed=1)
     (tmp_path / "x").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "x" / "holiday.png")
-    with pytest.raises(runtime.UsageError, match="did not draw"):
+    with pytest.raises(UsageError, match="did not draw"):
         draw(tmp_path / "x", prompts=PROMPTS[:2])
 
 
@@ -138,10 +140,10 @@ def test_guidance_steps_negative_prompts_and_minmax_change_the_image(draw, tmp_p
 
 def test_noise_belongs_to_the_image():
     """A row's first and every later draw are the same in any company."""
-    alone, company = runtime.ImageNoise(7, [5]), runtime.ImageNoise(7, [1, 5, 9])
+    alone, company = ImageNoise(7, [5]), ImageNoise(7, [1, 5, 9])
     for shape in ((4, 8, 8), (3,), (4, 8, 8)):
         assert torch.equal(alone.randn(*shape)[0], company.randn(*shape)[1])
-    assert not torch.equal(runtime.ImageNoise(8, [5]).randn(4), runtime.ImageNoise(7, [5]).randn(4))
+    assert not torch.equal(ImageNoise(8, [5]).randn(4), ImageNoise(7, [5]).randn(4))
 
 
 def command(model: Path, prompts: Path, out: Path, ranks: int) -> list[str]:

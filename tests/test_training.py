@@ -17,7 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanomed import files, runs, runtime
+from nanomed.run import files, flags, runs, signals
+from nanomed.run.flags import UsageError
+from nanomed.run.randomness import ImageNoise
+from nanomed.run.signals import PREEMPTED
+from nanomed.training.optimizer import EMA, AdamW, clip_gradients
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--model", "msdm-tiny", "--data", "toy:24", "--batch", "4", "--steps", "6", "--save_every", "2",
@@ -48,7 +52,7 @@ def run_train(monkeypatch, tmp_path_factory):
     def go(out: Path, *flags: str, stop_after: int = 10**9) -> tuple[int, Path]:
         argv = ["train.py", *FLAGS, "--out", str(out), "--cache", str(cache), *flags]
         monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(runtime, "StopSignal", StopAfter(stop_after))
+        monkeypatch.setattr(signals, "StopSignal", StopAfter(stop_after))
         code = train.main()
         return code, runs.newest(out)
 
@@ -96,7 +100,7 @@ def test_resume_is_bitwise_exact(run_train, tmp_path, straight, stops):
         straight.update(trained(run))
     code, run = run_train(tmp_path / "stopped", stop_after=stops[0])
     for stop in (*stops[1:], 10**9):
-        assert code == runtime.PREEMPTED
+        assert code == PREEMPTED
         assert json.loads((run / "state.json").read_text())["status"] == "preempted"
         code, run = run_train(tmp_path / "stopped", "--resume", "latest", stop_after=stop)
     assert code == 0
@@ -108,7 +112,7 @@ def test_resume_inside_an_accumulation_is_bitwise_exact(run_train, tmp_path):
     flags = ("--accumulate", "3", "--batch", "2")
     _, whole = run_train(tmp_path / "straight", *flags)
     code, _ = run_train(tmp_path / "stopped", *flags, stop_after=8)
-    assert code == runtime.PREEMPTED
+    assert code == PREEMPTED
     _, run = run_train(tmp_path / "stopped", *flags, "--resume", "latest")
     same(trained(run), trained(whole))
 
@@ -126,7 +130,7 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_name(run_train, tmp_path):
 
 def test_resume_refuses_settings_that_would_change_the_numbers(run_train, tmp_path):
     run_train(tmp_path, stop_after=2)
-    with pytest.raises(runtime.UsageError, match="batch was 4 and is 8 now"):
+    with pytest.raises(UsageError, match="batch was 4 and is 8 now"):
         run_train(tmp_path, "--resume", "latest", "--batch", "8")
 
 
@@ -178,7 +182,7 @@ def test_what_a_run_leaves_behind(run_train, tmp_path):
     assert "Not for diagnosis" in (run / "README.md").read_text()
     system = nanomed.load(run)
     assert system.vae.scale != 1.0
-    images = system.sample(["Generate an image containing text."], runtime.ImageNoise(0, [0]), steps=2)
+    images = system.sample(["Generate an image containing text."], ImageNoise(0, [0]), steps=2)
     assert images.shape == (1, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
 
 
@@ -233,7 +237,7 @@ def test_sigint_has_its_own_exit_code(tmp_path, tmp_path_factory):
     wait_for_step(tmp_path, 1, process, stage="vae")
     process.send_signal(signal.SIGINT)
     output = process.communicate()[0].decode()
-    assert process.returncode == runtime.PREEMPTED
+    assert process.returncode == PREEMPTED
     assert "state saved; go on with --resume" in output
 
 
@@ -298,7 +302,7 @@ def test_ema_follows_torchs_averaged_model():
 
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 3)
-    ours = runtime.EMA(dict(module.named_parameters()), 0.9)
+    ours = EMA(dict(module.named_parameters()), 0.9)
     ours.updates = 10**6
     theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     theirs.update_parameters(module)  # the first call only copies
@@ -324,7 +328,7 @@ def test_adamw_on_channels_last_weights_is_torchs(monkeypatch):
     plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     last = [p.detach().clone() for p in plain]
     last = [torch.nn.Parameter(p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p) for p in last]
-    ours, theirs = runtime.AdamW(last, lr=0.1, weight_decay=0.01), torch.optim.AdamW(plain, lr=0.1, fused=True)
+    ours, theirs = AdamW(last, lr=0.1, weight_decay=0.01), torch.optim.AdamW(plain, lr=0.1, fused=True)
     kernel, seen = torch._fused_adamw_, []
     monkeypatch.setattr(
         torch, "_fused_adamw_", lambda *lists, **options: seen.extend(lists[:4]) or kernel(*lists, **options)
@@ -346,11 +350,11 @@ def test_clipping_reports_norm_and_count():
     params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(4)]
     for p in params:
         p.grad = torch.full((10,), 4e4 / 40**0.5)
-    norm, clipped = runtime.clip_gradients(params, 1.0)
+    norm, clipped = clip_gradients(params, 1.0)
     assert norm.item() == pytest.approx(4e4, rel=1e-4) and clipped == 4
     total = torch.stack([p.grad.norm() for p in params]).norm().item()
     assert total == pytest.approx(1.0, rel=1e-4)
-    assert runtime.clip_gradients([torch.nn.Parameter(torch.zeros(1))], 1.0) == (0.0, 0)
+    assert clip_gradients([torch.nn.Parameter(torch.zeros(1))], 1.0) == (0.0, 0)
 
 
 def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path):
@@ -380,7 +384,7 @@ def test_learning_rate_schedules():
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
     config.schedule = "never"
-    with pytest.raises(runtime.UsageError, match="constant, cosine or linear"):
+    with pytest.raises(UsageError, match="constant, cosine or linear"):
         train.learning_rate(config, 50)
 
 
@@ -395,13 +399,13 @@ def test_flags_follow_the_names_people_type():
         "--max_train_steps=3",
         "--compile",
     ]
-    config = runtime.parse(train.Config, argv)
+    config = flags.parse(train.Config, argv)
     assert (config.lr, config.batch, config.steps, config.compile) == (0.5, 7, 3, True)
     assert set(config.given) == {"model", "lr", "batch", "steps", "compile"}
     with pytest.raises(SystemExit):
-        runtime.parse(train.Config, ["--no_such_flag", "1"])
-    with pytest.raises(runtime.UsageError, match="--steps many"):
-        runtime.parse(train.Config, ["--steps", "many"])
+        flags.parse(train.Config, ["--no_such_flag", "1"])
+    with pytest.raises(UsageError, match="--steps many"):
+        flags.parse(train.Config, ["--steps", "many"])
 
 
 def test_no_flag_is_swallowed_by_torchrun():
@@ -415,5 +419,5 @@ def test_no_flag_is_swallowed_by_torchrun():
 
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
     for config in (train.Config, sample.Config, evaluate.Config):
-        for name in [field.name for field in dataclasses.fields(config)] + list(runtime.ALIASES):
+        for name in [field.name for field in dataclasses.fields(config)] + list(flags.ALIASES):
             assert not [option for option in theirs if option.startswith(f"--{name}")], name

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nanomed import weights
-from nanomed.metrics import scores, vit
+from nanomed.metrics import scores
+from nanomed.metrics.networks import vit
 
 MANIFESTS = ["vit_base_patch16_224_in21k", "vit_kvasir_v2_classifier", "vit_skin_cancer_classifier"]
 SMALL = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, image_size=32,

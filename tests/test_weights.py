@@ -19,8 +19,10 @@ from manifests import about, components, names_and_shapes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanomed import files, weights
+from nanomed import weights
+from nanomed.run import files
 from nanomed.weights import WeightsError, WeightsNotFound, check_header, find, fingerprint, load, read
+from nanomed.weights import __main__ as command
 
 TENSORS = {
     "encoder.layers.0.weight": torch.arange(12.0).view(3, 4),
@@ -83,7 +85,7 @@ def test_every_place_is_looked_at_in_order(places, monkeypatch):
     monkeypatch.setenv("HOME", str(places))
     usual = snapshot(places / ".cache" / "huggingface" / "hub", "another/name2", "abc3")
     assert find("another/name2").samefile(usual)
-    assert find("msdm-tiny").samefile(weights.SHIPPED / "msdm-tiny")  # from any working folder
+    assert find("msdm-tiny").samefile(weights.published.SHIPPED / "msdm-tiny")  # from any working folder
 
 
 def test_of_two_snapshots_main_is_taken(places):
@@ -172,7 +174,7 @@ def resident():
     status = Path("/proc/self/status").read_text()
     return [int(re.search(rf"{kind}:\\s+(\\d+)", status).group(1)) >> 10 for kind in ("RssAnon", "RssFile", "VmHWM")]
 
-weights.CHUNK = 16 << 20
+weights.tensors.CHUNK = 16 << 20
 anon, mapped, _ = resident()
 half = weights.read(sys.argv[1], dtype=torch.float16)
 converted = resident()
@@ -663,28 +665,28 @@ def test_the_catalogue_names_every_repository_the_manifests_come_from():
 
 
 def test_list_check_and_verify(places, capsys):
-    assert weights._main(["list"]) == 0
+    assert command.main(["list"]) == 0
     out = capsys.readouterr().out
     assert "openai/clip-vit-large-patch14" in out and "hf download" in out and "here:" not in out
-    assert weights._main(["check"]) == 0 and "no published weights are here" in capsys.readouterr().out
+    assert command.main(["check"]) == 0 and "no published weights are here" in capsys.readouterr().out
 
     folder = places / "weights" / "openai" / "clip-vit-large-patch14"
     files.write_tensors(folder / "model.safetensors", TENSORS)
     record = folder / ".cache/huggingface/download/model.safetensors.metadata"
     record.parent.mkdir(parents=True)
     record.write_text(f"{'0' * 40}\n{files.sha256(folder / 'model.safetensors')}\n1732000000.0\n")
-    assert weights._main(["list"]) == 0 and "here: weights/openai/clip-vit-large-patch14" in capsys.readouterr().out
-    assert weights._main(["check"]) == 0 and "sound, 4 tensors, 21 values" in capsys.readouterr().out
-    assert weights._main(["verify"]) == 0 and "as downloaded" in capsys.readouterr().out
+    assert command.main(["list"]) == 0 and "here: weights/openai/clip-vit-large-patch14" in capsys.readouterr().out
+    assert command.main(["check"]) == 0 and "sound, 4 tensors, 21 values" in capsys.readouterr().out
+    assert command.main(["verify"]) == 0 and "as downloaded" in capsys.readouterr().out
 
     files.write_tensors(folder / "model.safetensors", TENSORS | {"scale": torch.tensor(2.6)})
-    assert weights._main(["check"]) == 0  # sound, only not the published one
-    assert weights._main(["verify"]) == 4 and "fetch it again" in capsys.readouterr().out
+    assert command.main(["check"]) == 0  # sound, only not the published one
+    assert command.main(["verify"]) == 4 and "fetch it again" in capsys.readouterr().out
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
-    assert weights._main(["check", "openai/clip-vit-large-patch14"]) == 4
+    assert command.main(["check", "openai/clip-vit-large-patch14"]) == 4
     assert "the download is not complete" in capsys.readouterr().out
-    assert weights._main(["check", str(folder / "model.safetensors")]) == 4
-    assert weights._main(["check", "some/thing"]) == 4 and "hf download some/thing" in capsys.readouterr().out
+    assert command.main(["check", str(folder / "model.safetensors")]) == 4
+    assert command.main(["check", "some/thing"]) == 4 and "hf download some/thing" in capsys.readouterr().out
 
 
 def test_verify_reads_the_hash_from_the_names_of_the_cache(places):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
-from nanomed.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
+from nanomed.layers.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
+from nanomed.layers.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
 
 EPS = 1e-6
 

@@ -1,1 +1,4 @@
-"""Images and prompts to other prompts."""
+"""Prompts about images: paraphrases.
+
+May import `data` (for the grammar of the organisers' prompts) and `run`; must not know systems.
+"""

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from nanomed import files
 from nanomed.data import grammar
 from nanomed.data.grammar import CELLS, COLORS, PARIS, join
+from nanomed.run import files
 
 VERBS = ("Create", "Produce", "Draw", "Render", "Synthesize", "Make", "Show", "Give me", "Depict", "Prepare")
 NOUNS = ("an endoscopic image", "a medical image", "an endoscopy frame", "a picture from an endoscope")

@@ -6,6 +6,8 @@ folder:DIR        images with metadata.csv or metadata.jsonl, or a .txt beside e
 kvasir:DIR        class folders, captions from their names
 ham10000:DIR      metadata CSV with diagnoses
 skin:DIR          Med-Art's eight skin lesion classes, in folders
+
+May import `run`; must not know networks or what is made of the images.
 """
 
 from pathlib import Path

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nanomed import files
 from nanomed.data import grammar
 from nanomed.data.grammar import CELLS
+from nanomed.run import files
 
 # Polyps are the only thing whose blue exceeds its green while red leads green; mucosa is orange (blue below green).
 POLYP_COLORS = {"pink": (238, 112, 172), "red": (200, 34, 84), "purple": (148, 56, 160), "violet": (178, 92, 212),

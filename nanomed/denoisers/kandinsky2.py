@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed.blocks import Attention, FeedForward, ImageAttention, ResnetBlock, TimestepEmbedding, group_norm, sinusoid
+from nanomed.layers.blocks import (
+    Attention,
+    FeedForward,
+    ImageAttention,
+    ResnetBlock,
+    TimestepEmbedding,
+    group_norm,
+    sinusoid,
+)
 
 # ------------------------------------------------------------------------------------------------------------- prior
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed.convolution import convolve
+from nanomed.layers.convolution import convolve
 
 # ---------------------------------------------------------------------------------------------- convolution blocks
 

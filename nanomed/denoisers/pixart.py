@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
-from nanomed.blocks import Attention, FeedForward, TimestepEmbedding, sinusoid
+from nanomed.layers.blocks import Attention, FeedForward, TimestepEmbedding, sinusoid
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanomed.metrics import scores
-from nanomed.metrics.inception import Inception
+from nanomed.metrics.networks.inception import Inception
 
 SIDE = 299
 GROUPS = 10

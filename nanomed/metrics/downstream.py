@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from nanomed import weights
-from nanomed.metrics import vit
+from nanomed.metrics.networks import vit
 
 
 @dataclass(frozen=True)

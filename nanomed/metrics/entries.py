@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nanomed.metrics import clef, colour, scores, uncertainty
-from nanomed.metrics.table import SMALL
 
+SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
 SUBSETS, SUBSET = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nanomed.metrics import classifier, inception
+from nanomed.metrics.networks import classifier, inception
 from nanomed.metrics.scores import frechet_distance
 
 SIDE = 299

@@ -1,6 +1,7 @@
 """The systems of the papers: `build` makes one from a preset, `load` reads one, `recipe` says how it is trained.
 
-A new system is one file beside this one and one line in `FILES`.
+A new system is one file beside this one and one line in `FILES`. May import the networks, `diffusion`, `adapters`,
+`data` (for the grammar), `weights` and `run`; must not know training loops or metrics.
 """
 
 import importlib
@@ -55,8 +56,8 @@ def load(
 
     `weights` is where published files are looked for besides the usual places (see nanomed/weights.py).
     """
-    from nanomed import runs
     from nanomed import weights as files
+    from nanomed.run import runs
     from nanomed.systems.base import read_config
 
     if name in PUBLISHED:

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanomed import files, lora, runtime, weights
-from nanomed.diffusion import Cond
+from nanomed import weights
+from nanomed.adapters import formats, lora
+from nanomed.diffusion.process import Cond
+from nanomed.run import files
+from nanomed.run.flags import UsageError
 
 
 class System(nn.Module):
@@ -84,7 +87,7 @@ class System(nn.Module):
         """Put a fresh adapter on every part of a stage; from now on `trainable` means the adapters of these parts."""
         for part in self.stages[stage]:
             if part not in self.adapters:
-                raise runtime.UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
+                raise UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
             lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], kind)
 
     def trainable(self, stage: str) -> dict[str, nn.Parameter]:
@@ -94,7 +97,9 @@ class System(nn.Module):
             module = self.get_submodule(part).train()
             for param in lora.parameters(module) if lora.adapted(module) else module.parameters():
                 param.requires_grad_(True)
-        return runtime.trained(self, self.stages[stage])
+        named = {f"{part}.{name}": p for part in self.stages[stage] for name, p in
+                 self.get_submodule(part).named_parameters()}  # fmt: skip
+        return {name: param for name, param in named.items() if param.requires_grad}
 
     def fold(self) -> None:
         """Take all adapters into the weights for good: nothing to pay for them when drawing."""
@@ -124,7 +129,7 @@ class System(nn.Module):
             if parts and part not in parts:
                 continue
             if lora.adapted(module):
-                lora.save_peft(folder / self.adapter_folder(part), module, self.base)
+                formats.save_peft(folder / self.adapter_folder(part), module, self.base)
             elif part in self.saved_parts():
                 path = folder / part / f"{self.saved_parts()[part]}.safetensors"
                 files.write_tensors(path, dict(module.state_dict()))
@@ -141,7 +146,7 @@ class System(nn.Module):
             if stem and ((folder / part / f"{stem}.safetensors").is_file() or not adapted):
                 weights.load(module, weights.read(folder / part, stem=stem, dtype=dtype))
             if adapted:
-                lora.load_peft(adapter, module)
+                formats.load_peft(adapter, module)
 
 
 def read_config(folder: str | Path) -> dict:

@@ -17,10 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanomed import files, lora, runtime, samplers
+from nanomed.adapters import lora
 from nanomed.denoisers.kandinsky2 import shortest
-from nanomed.diffusion import Cond, Diffusion, guided
-from nanomed.samplers import Noise
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided
+from nanomed.diffusion.process import Cond, Diffusion
+from nanomed.diffusion.samplers import Noise
+from nanomed.run import files
+from nanomed.run.flags import UsageError
 from nanomed.systems import kandinsky2_parts
 from nanomed.systems.base import System, read_config
 from nanomed.systems.kandinsky2_parts import DECODER, PARTS, PRIOR
@@ -141,7 +145,7 @@ class Kandinsky2(System):
 
     def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
         if self.published and not lora.adapted(self.get_submodule(self.stages[stage][0])):
-            raise runtime.UsageError(f"--rank 0: stage {stage} trains adapters on the published weights; choose a rank")
+            raise UsageError(f"--rank 0: stage {stage} trains adapters on the published weights; choose a rank")
         return super().trainable(stage)
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:

@@ -15,7 +15,7 @@ from torch import nn
 from nanomed import weights
 from nanomed.autoencoders.movq import MoVQ
 from nanomed.denoisers.kandinsky2 import DecoderUNet, PriorTransformer
-from nanomed.diffusion import Diffusion
+from nanomed.diffusion.process import Diffusion
 from nanomed.text.clip import ClipText, ClipTextConfig
 from nanomed.text.clip_vision import ClipVision, ClipVisionConfig
 from nanomed.text.tokenizers import ClipTokenizer

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomed import hldf, lora
+from nanomed.adapters import lora
 from nanomed.data import grammar
-from nanomed.diffusion import Cond
-from nanomed.runtime import UsageError
+from nanomed.diffusion import hldf
+from nanomed.diffusion.process import Cond
+from nanomed.run.flags import UsageError
 from nanomed.systems import pixart
 from nanomed.systems.pixart import PixArt
 from nanomed.text.unigram import T5Tokenizer, train_unigram

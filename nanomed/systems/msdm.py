@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomed import samplers, weights
+from nanomed import weights
 from nanomed.autoencoders.losses import VGGDistance
 from nanomed.autoencoders.msdm import MSDMVAE
 from nanomed.denoisers.msdm import MSDMUNet
-from nanomed.diffusion import Cond, Diffusion, guided, self_conditioned
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided, self_conditioned
+from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.systems.base import System, read_config
 from nanomed.text.clip import ClipText, ClipTextConfig
 from nanomed.text.tokenizers import ClipTokenizer

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomed import samplers, weights
+from nanomed import weights
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
 from nanomed.denoisers.pixart import PixArtConfig, PixArtTransformer, load_pixart
-from nanomed.diffusion import Cond, Denoise, Diffusion, guided
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided
+from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.systems.base import System, read_config
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram

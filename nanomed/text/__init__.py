@@ -2,4 +2,6 @@
 
 tokenizer(prompts, length) -> ids int64 (B, L), mask bool (B, L), True where there is text
 encoder(ids, mask) -> Tensor (B, L, D)
+
+May import `weights` and `run`; must not know denoisers or systems.
 """

@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from nanomed import files
+from nanomed.run import files
 from nanomed.weights import WeightsError, WeightsNotFound
 
 START, END = "<|startoftext|>", "<|endoftext|>"

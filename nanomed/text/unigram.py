@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from nanomed import files
+from nanomed.run import files
 from nanomed.weights import WeightsError, WeightsNotFound
 
 PAD, END, UNK, SPACE = "<pad>", "</s>", "<unk>", "\u2581"

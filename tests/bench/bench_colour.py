@@ -29,12 +29,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from nanomed import files, runtime, systems
+from nanomed import systems
 from nanomed.data import toy
 from nanomed.data.images import to_unit
-from nanomed.metrics import classifier, colour
+from nanomed.metrics import colour
 from nanomed.metrics.features import toy_features
+from nanomed.metrics.networks import classifier
 from nanomed.metrics.scores import frechet_distance
+from nanomed.run import files
+from nanomed.run.hardware import keep_memory
+from nanomed.run.randomness import ImageNoise, seed_of
+from nanomed.training.optimizer import AdamW, clip_gradients
 
 SIZE, HELD_OUT = 32, 10_000  # scenes from HELD_OUT on are for measuring
 
@@ -56,7 +61,7 @@ class Scenes:
         self.prompts = [toy.prompts(scene) for scene in scenes]
 
     def batch(self, size: int, *key, places: float = 0.3) -> dict:
-        rng = np.random.default_rng(runtime.seed_of("batch", *key))
+        rng = np.random.default_rng(seed_of("batch", *key))
         rows = rng.integers(len(self.arrays), size=size)
         images = torch.stack([to_unit(self.arrays[row]) for row in rows])
         return {"image": images, "prompt": [self.prompt(row, rng, places) for row in rows]}
@@ -70,14 +75,14 @@ class Scenes:
 def train(system, stage: str, batch, steps: int, lr: float, decay: float = 0.0) -> float:
     """Train a stage with a cosine schedule; seconds."""
     params = system.trainable(stage)
-    optimizer = runtime.AdamW(params.values(), lr=lr, weight_decay=decay)
+    optimizer = AdamW(params.values(), lr=lr, weight_decay=decay)
     start, total = time.monotonic(), 0.0
     for step in range(steps):
-        torch.manual_seed(runtime.seed_of(stage, step))
+        torch.manual_seed(seed_of(stage, step))
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
         losses = system(batch(step), stage, step)
         losses["loss"].backward()
-        runtime.clip_gradients([*params.values()], 1.0)
+        clip_gradients([*params.values()], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         total += losses["loss"].item()
@@ -127,7 +132,7 @@ def draw(system, prompts: list[str], batch: int = 32) -> Tensor:
     drawn = []
     for start in range(0, len(prompts), batch):
         rows = range(start, min(start + batch, len(prompts)))
-        drawn.append(system.sample([prompts[row] for row in rows], runtime.ImageNoise(0, rows)))
+        drawn.append(system.sample([prompts[row] for row in rows], ImageNoise(0, rows)))
     return files.to_bytes(torch.cat(drawn))
 
 
@@ -143,7 +148,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to write samples of the first seed's models side by side")
     config = parser.parse_args()
     torch.set_num_threads(config.threads)
-    runtime.keep_memory()
+    keep_memory()
 
     wrong, right = Scenes(0, config.images, oversaturated), Scenes(0, config.images)
     real = Scenes(HELD_OUT, 2 * config.draws)

@@ -14,8 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import nanomed
-from nanomed import cache, files, runtime
 from nanomed.data import grammar, toy
+from nanomed.run import cache, files
+from nanomed.run.randomness import ImageNoise
 
 KINDS = {"box": "box", "polyp": "polyp", "abnormality_at": "positions", "instrument": "instrument"}
 FIRST = 30_000_000  # scenes that neither training nor evaluation uses
@@ -57,7 +58,7 @@ def main() -> None:
     for seed in range(config.seeds):
         for start in range(0, len(texts), 50):
             batch = texts[start : start + 50]
-            noise = runtime.ImageNoise(seed, range(start, start + len(batch)))
+            noise = ImageNoise(seed, range(start, start + len(batch)))
             drawn = files.to_bytes(system.sample(batch, noise, config.steps, config.guidance)).numpy()
             for image, text in zip(drawn, batch):
                 said, seen = grammar.parse(text), toy.read(image)

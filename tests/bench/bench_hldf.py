@@ -29,9 +29,11 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from nanomed import hldf, lora, samplers
+from nanomed.adapters import lora
 from nanomed.denoisers.pixart import PixArtConfig, PixArtTransformer
-from nanomed.diffusion import Diffusion, guided
+from nanomed.diffusion import hldf, samplers
+from nanomed.diffusion.guidance import guided
+from nanomed.diffusion.process import Diffusion
 from nanomed.systems.medart import MedArt
 
 SMALL = PixArtConfig(num_attention_heads=6, attention_head_dim=72, num_layers=4, sample_size=32)

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets peft import where torchvision's binary does not fit torch)
 import peft  # noqa: E402
 
-from nanomed import lora  # noqa: E402
+from nanomed.adapters import lora  # noqa: E402
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out", "fc1", "fc2"]
 

@@ -25,7 +25,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets torchvision import beside a CPU build of torch)
 from test_protocols import pictures, random_inception  # noqa: E402
 
-from nanomed.metrics import inception, scores, uncertainty  # noqa: E402
+from nanomed.metrics import scores, uncertainty  # noqa: E402
+from nanomed.metrics.networks import inception  # noqa: E402
 
 WIDTH = 2048
 

@@ -22,8 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from nanomed import cache, runtime, samplers, systems
-from nanomed.diffusion import guided
+from nanomed import systems
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided
+from nanomed.run import cache
+from nanomed.run.hardware import autocast, keep_memory, peak_memory
+from nanomed.run.randomness import ImageNoise
+from nanomed.training.optimizer import AdamW, clip_gradients
 
 
 def product_rate(device: torch.device, m: int, n: int, k: int, others: int = 1, times: int = 8) -> float:
@@ -51,7 +56,7 @@ class Step:
 
     def __init__(self, side: str, config):
         if config.allocator and side == "ours":
-            runtime.keep_memory()
+            keep_memory()
         self.peer, self.device = side == "peer", torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
         self.system = systems.build("msdm", random=True, self_conditioning=config.self_conditioning)
@@ -63,17 +68,17 @@ class Step:
         self.images = torch.rand(config.batch, 3, 256, 256, device=self.device) * 2 - 1
         self.ids = torch.randint(0, 49408, (config.batch, 64), device=self.device)
         self.mask = torch.ones(config.batch, 64, dtype=torch.bool, device=self.device)
-        make = torch.optim.AdamW if self.peer else runtime.AdamW
+        make = torch.optim.AdamW if self.peer else AdamW
         self.optimizer = make(self.params, lr=1e-6)
 
     def __call__(self, precision: str) -> float:
         """Seconds of one step."""
         start = time.perf_counter()
-        with runtime.autocast(precision, self.device):
+        with autocast(precision, self.device):
             batch = self._encode() if self.peer else self.example
             loss = self.system(batch, "unet", 0)["loss"]
         loss.backward()
-        clip = torch.nn.utils.clip_grad_norm_ if self.peer else runtime.clip_gradients
+        clip = torch.nn.utils.clip_grad_norm_ if self.peer else clip_gradients
         clip(self.params, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -103,7 +108,7 @@ class Step:
         work = counter.get_total_flops()
         rates = {"forward and backward": work / statistics.median(seconds), "product 2048^3": statistics.median(square)}
         rates["product of its 8 x 8 maps"] = statistics.median(small)
-        return {"work": work, "memory": runtime.peak_memory(self.device), **rates}
+        return {"work": work, "memory": peak_memory(self.device), **rates}
 
 
 def _make(side: str, config) -> None:
@@ -144,7 +149,7 @@ def train(config) -> None:
 def overhead(config) -> None:
     """Microseconds of Python for a solver step at batch 1, guidance included, with a constant for a network."""
     system = systems.build("msdm-tiny")
-    noise = runtime.ImageNoise(0, [0])
+    noise = ImageNoise(0, [0])
     constant = torch.zeros(2, 4, 4, 4)
     cond = {"pooled": torch.zeros(1, 8)}
     for name, sampler in (("msdm", samplers.ddim), ("dpmpp", samplers.dpmpp_2m)):

@@ -108,7 +108,7 @@ def training(args) -> None:
     reference, ours = networks(args)
     import peft
 
-    from nanomed import lora
+    from nanomed.adapters import lora
 
     warnings.simplefilter("ignore")
     base, _ = networks(args)

@@ -23,7 +23,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets transformers import where torchvision's binary does not fit torch)
 import transformers  # noqa: E402
 
-from nanomed import lora, weights  # noqa: E402
+from nanomed import weights  # noqa: E402
+from nanomed.adapters import lora  # noqa: E402
 from nanomed.text.t5 import T5Config, T5Encoder, encoder_half  # noqa: E402
 
 TARGETS = ["q", "k", "v", "o", "wo"]

@@ -1,24 +1,11 @@
-"""LoRA, rsLoRA and DoRA on the Linear and Conv2d layers of any network; adapters in three file formats.
-
-    params = lora.inject(transformer, rank=8, targets=("to_q", "to_k", "to_v", "to_out.0"))
-    ...train params...
-    lora.save_peft("run/transformer_lora", transformer)
-
-    lora.load_peft("run/transformer_lora", transformer)        # in place of inject, on the bare network
-    lora.fold(transformer)                                     # W <- W + s B A: no adapter left, nothing to pay for it
-
-Formats: PEFT folders, `pytorch_lora_weights.safetensors` of diffusers (with its older spellings), kohya's keys. A key
-that has no place in the network is an error, and alpha is always written. What an adapted layer computes is in
-`lowrank.py`.
-"""
+"""Adapters in files: PEFT folders, `pytorch_lora_weights.safetensors` of diffusers (with its older spellings), kohya's
+keys. A key that has no place in the network is an error, and alpha is always written."""
 
 import json
 import math
 import re
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,166 +13,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from nanomed import files, weights
-from nanomed.lowrank import Adapted, attach, detach, start
+from nanomed import weights
+from nanomed.adapters.layer import attach
+from nanomed.adapters.lora import (
+    adaptable,
+    by_pattern,
+    ending,
+    expect_adaptable,
+    expect_bare,
+    layers_of,
+    matches,
+    state,
+)
+from nanomed.adapters.lora import parameters as trained
+from nanomed.run import files
 from nanomed.weights import WeightsError
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the usual targets in diffusers' names
-KINDS = ("lora", "rslora", "dora", "rsdora")
-
-# ----------------------------------------------------------------------------------------------------- the life of one
-
-
-def inject(
-    module: nn.Module,
-    rank: int,
-    alpha: float | None = None,
-    targets: Sequence[str] = ATTENTION,
-    kind: str = "lora",
-    init: str = "gaussian",
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> list[nn.Parameter]:
-    """Adapt the layers of `module` that `targets` name, freeze everything else in it, return what trains.
-
-    alpha     numerator of the scale; None: each layer's own rank, so that the scale of "lora" and "dora" is 1
-    targets   whole names or suffixes behind a dot, as in PEFT: "to_q" is to_q and any x.y.to_q
-    kind      "lora", "rslora" (scale alpha / sqrt r), "dora", or "rsdora" (both)
-    init      of A: "gaussian", N(0, (1/r)^2), or "kaiming", uniform with a = sqrt 5 as nn.Linear has it. B is zero,
-              so the network starts as it was
-    patterns  other ranks and alphas for some layers: {name, suffix or, as in PEFT, regular expression of them: value}
-
-    Adapters are fp32 (fp64 in an fp64 network) whatever the dtype of the network. Order: that of the layers; of each
-    A, B and, for DoRA, the magnitude.
-
-    Raises ValueError for a network that has an adapter, targets that match nothing, and targets that are neither
-    nn.Linear nor a plain nn.Conv2d. A single target that matches nothing is only warned about: the released Med-Art
-    script has two of them.
-    """
-    if kind not in KINDS or init not in ("gaussian", "kaiming"):
-        raise ValueError(f"kind={kind!r}, init={init!r}: kinds are {', '.join(KINDS)}; starts gaussian and kaiming")
-    _expect_bare(module)
-    targets = (targets,) if isinstance(targets, str) else targets
-    chosen = {name: layer for name, layer in module.named_modules() if _matches(name, targets)}
-    unused = [target for target in targets if not any(_matches(name, (target,)) for name in chosen)]
-    if not chosen:
-        raise ValueError(f"no layer of {type(module).__name__} is named {' or '.join(targets)}: {_endings(module)}")
-    for name, layer in chosen.items():
-        _expect_adaptable(name, layer)
-    if unused:
-        warnings.warn(f"LoRA targets that no layer has: {', '.join(unused)}; {_endings(module)}", stacklevel=2)
-    ranks = {name: _by_pattern(rank_pattern, name, rank) for name in chosen}
-    if bad := [name for name, r in ranks.items() if r < 1]:
-        raise ValueError(f"rank {ranks[bad[0]]} of {bad[0]}: a rank is at least 1")
-    module.requires_grad_(False)
-    for name, layer in chosen.items():
-        own = _by_pattern(alpha_pattern, name, ranks[name] if alpha is None else alpha)
-        attach(layer, *start(layer.weight, ranks[name], init, dora="dora" in kind), own, kind.startswith("rs"))
-    return parameters(module)
-
-
-def adapted(module: nn.Module) -> bool:
-    """Whether a network has an adapter."""
-    return any(isinstance(layer, Adapted) for layer in module.modules())
-
-
-def parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the adapter, in the order of the layers."""
-    return [param for layer in _adapted(module).values() for param in layer.adapter().values()]
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under their names in `module`: `blocks.0.to_q.lora_A.weight`, ..."""
-    layers = _adapted(module)
-    return {f"{name}.{key}": p.detach() for name, layer in layers.items() for key, p in layer.adapter().items()}
-
-
-def merge(module: nn.Module) -> None:
-    """Put the adapter into the weights, which then cost nothing extra. The weights as they were are kept beside them
-    (one more copy of the adapted weights, until `unmerge`). `state_dict` still gives base and adapter apart.
-
-    In a bf16 network the sum is made in fp32 and rounded once; what is below half a bit of W is lost while merged.
-    """
-    for layer in _adapted(module).values():
-        layer.merge()
-
-
-def unmerge(module: nn.Module) -> None:
-    """Put the very weights back that `merge` set aside: the same parameters, the same bits."""
-    for layer in _adapted(module).values():
-        layer.unmerge()
-
-
-@contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
-    """Merged inside the `with`, for drawing images in the middle of training."""
-    try:
-        merge(module)
-        yield
-    finally:
-        unmerge(module)
-
-
-def remove(module: nn.Module) -> None:
-    """Take the adapter away; the network is what it was before, to the bit (and frozen)."""
-    for layer in _adapted(module).values():
-        layer.unmerge()
-        detach(layer)
-
-
-def fold(module: nn.Module) -> None:
-    """Merge for good, layer by layer, as sampling wants it: adapter and old weights go, no copy is held beside them."""
-    for layer in _adapted(module).values():
-        layer.merge()
-        detach(layer)
-
-
-def _adapted(module: nn.Module) -> dict[str, nn.Module]:
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, Adapted)}
-    if not found:
-        raise ValueError(f"this {type(module).__name__} has no adapter: inject or load one first")
-    return found
-
-
-def _expect_bare(module: nn.Module) -> None:
-    if adapted(module):
-        raise ValueError(f"this {type(module).__name__} has an adapter already: fold or remove it first")
-
-
-def _expect_adaptable(name: str, layer: nn.Module) -> None:
-    # Exactly these classes: a subclass may read its weight in a way of its own, and would miss the adapter.
-    if type(layer) not in (nn.Linear, nn.Conv2d):
-        raise ValueError(f"{name} is a {type(layer).__name__}: adapters are for nn.Linear and nn.Conv2d")
-    if getattr(layer, "groups", 1) != 1:
-        raise ValueError(f"{name} is a convolution in {layer.groups} groups: adapters are for one group")
-
-
-def _matches(name: str, targets: Collection[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """The value of the first pattern that a whole name, or its end behind a dot, matches (PEFT's rule)."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _adaptable(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: layer for name, layer in module.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)}
-
-
-def _ending(name: str) -> str:
-    """The shortest end of a name that says something: to_q, but to_out.0."""
-    parts = name.split(".")
-    start = next((i for i in reversed(range(len(parts))) if not parts[i].isdigit()), 0)
-    return ".".join(parts[start:])
-
-
-def _endings(module: nn.Module) -> str:
-    return f"its layers are named {', '.join(sorted({_ending(name) for name in _adaptable(module)}))}"
-
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
@@ -232,7 +74,7 @@ def save_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
         raise ValueError(f"{', '.join(modules)}: kohya's format has one denoiser, so write a file for each")
     for part, module in modules.items():
         prefix = prefixes[part]
-        for name, layer in _adapted(module).items():
+        for name, layer in layers_of(module).items():
             key = prefix + name.replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise ValueError(f"two layers are {key} in kohya's spelling ({name} is one): use another format")
@@ -247,7 +89,7 @@ def save_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
 
 def config(module: nn.Module) -> dict:
     """The adapter's settings in PEFT's words: r, lora_alpha, target_modules, use_dora, use_rslora, the patterns."""
-    layers = _adapted(module)
+    layers = layers_of(module)
     first = next(iter(layers.values()))
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
@@ -271,8 +113,8 @@ def config(module: nn.Module) -> dict:
 def _targets(module: nn.Module, layers: Collection[str]) -> list[str] | str:
     """Target names that choose these layers and no others: their endings, else their names, else an expression."""
     names = [name for name, _ in module.named_modules() if ".lora_" not in name]
-    for targets in (sorted({_ending(name) for name in layers}), sorted(layers)):
-        if {name for name in names if _matches(name, targets)} == set(layers):
+    for targets in (sorted({ending(name) for name in layers}), sorted(layers)):
+        if {name for name in names if matches(name, targets)} == set(layers):
             return targets
     return "|".join(re.escape(name) for name in sorted(layers))
 
@@ -377,7 +219,7 @@ def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Pa
 
 def _by_name(module: nn.Module) -> Callable[[str], str | None]:
     """Paths with dots: as they are, or in a spelling of 2023."""
-    layers = _adaptable(module)
+    layers = adaptable(module)
 
     def locate(path: str) -> str | None:
         path = path.removeprefix("base_model.model.").replace(".processor.", ".")
@@ -393,7 +235,7 @@ def _by_name(module: nn.Module) -> Callable[[str], str | None]:
 def _by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str | None]:
     """Paths whose dots have become underscores, which only the layers at hand can undo."""
     names: dict[str, set[str]] = defaultdict(set)
-    for name in _adaptable(module):
+    for name in adaptable(module):
         for spelling in (name, f"text_model.{name}", name.removeprefix("text_model.")):
             names[spelling.replace(".", "_")].add(name)
 
@@ -410,7 +252,7 @@ def _load(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -
     """Attach what a file holds to the layers it names. Everything is judged before anything is changed."""
     plans, unknown = [], list(tensors.keys() - {key for part in parts for key in part.tensors})
     for part in parts:
-        _expect_bare(part.module)
+        expect_bare(part.module)
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in part.tensors.items():
             match = _KEY.fullmatch(key, len(part.prefix))
@@ -439,12 +281,12 @@ def _load(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -
         part.module.requires_grad_(False)
     for layer, adapter in ready:
         attach(layer, *adapter)
-    return [param for part, _ in plans for param in parameters(part.module)]
+    return [param for part, _ in plans for param in trained(part.module)]
 
 
 def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], settings: dict) -> tuple:
     """Judge the tensors of one layer; what `attach` takes."""
-    _expect_adaptable(where, layer)
+    expect_adaptable(where, layer)
     weight = layer.weight
     if not {"A", "B"} <= slots.keys():
         raise WeightsError(f"{where} has {' and '.join(sorted(slots))}, but an adapter is A and B at least")
@@ -477,8 +319,8 @@ def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], 
 def _alpha(where: str, name: str, rank: int, given: Tensor | None, settings: dict) -> float:
     """A layer's alpha by its own tensor or the settings, which must agree with the rank; by neither, the rank."""
     try:
-        said = _by_pattern(settings.get("rank_pattern"), name, settings["r"]) if settings else rank
-        alpha = _by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"]) if settings else rank
+        said = by_pattern(settings.get("rank_pattern"), name, settings["r"]) if settings else rank
+        alpha = by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"]) if settings else rank
         alpha = float(alpha if given is None else given)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, re.error) as error:
         raise WeightsError(f"{where}: rank and alpha are not said ({type(error).__name__}: {error})") from error

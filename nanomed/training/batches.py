@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed import runtime
-from nanomed.cache import Columns
 from nanomed.data import images
 from nanomed.data.table import Row
+from nanomed.run.cache import Columns
+from nanomed.run.randomness import seed_of
 
 FLIPS = ((False, False), (True, False), (False, True), (True, True))  # (left-right, top-bottom)
 
@@ -41,7 +41,7 @@ def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bo
     image = images.open_rgb(row.file)
     image = images.padded(image) if row.pad else image
     if augment:
-        rng = np.random.default_rng(runtime.seed_of("view", seed, row.file.name, view.number))
+        rng = np.random.default_rng(seed_of("view", seed, row.file.name, view.number))
         array = images.msdm_train(image, size, rng) if jitter else np.asarray(images.random_square(image, size, rng))
     else:
         array = images.msdm_valid(image, size)
@@ -102,7 +102,7 @@ class Batches:
         self._order = lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(runtime.seed_of("order", self.seed, epoch)).permutation(len(self.items))
+        return np.random.default_rng(seed_of("order", self.seed, epoch)).permutation(len(self.items))
 
     def __getitem__(self, step: int) -> dict[str, Tensor | list[str]]:
         """The batch of micro-step `step` (counted from 0 over the whole stage) on this rank; the next one is prepared
@@ -130,7 +130,7 @@ class Batches:
         epoch, place = divmod(position, len(self.items))
         index, which = self.items[self._order(epoch)[place]]
         row = self.rows[index]
-        rng = np.random.default_rng(runtime.seed_of("sample", self.seed, position))
+        rng = np.random.default_rng(seed_of("sample", self.seed, position))
         dropped, flip, view, swap = rng.random(), rng.integers(4), rng.integers(1 << 62), rng.random()
         if position < self.placed or (self.places and rng.random() < self.places):
             named = [i for i, prompt in enumerate(row.prompts) if " located in " in prompt]

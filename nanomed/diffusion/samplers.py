@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanomed.diffusion import Denoise, Diffusion
+from nanomed.diffusion.process import Denoise, Diffusion
 
 
 class Noise(Protocol):

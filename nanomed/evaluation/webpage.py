@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from nanomed.metrics import table
+from nanomed.evaluation import table
 
 THUMB = 160  # pixels, the longer side of a picture
 SHOWN = 280  # characters of a prompt before it folds

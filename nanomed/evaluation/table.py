@@ -9,8 +9,6 @@ of the real images), `flag` (why to be careful), `deviation`, `p`. A name may en
 import re
 from collections.abc import Iterable, Mapping
 
-SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
-
 Results = Mapping[str, Mapping]
 
 # What must be equal for two values to be one quantity.

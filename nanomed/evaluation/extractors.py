@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from nanomed import weights
-from nanomed.metrics import classifier, clef, features
-from nanomed.metrics import inception as published
-from nanomed.metrics import vit as transformers
-from nanomed.metrics.store import Extractor
+from nanomed.evaluation.store import Extractor
+from nanomed.metrics import clef, features
+from nanomed.metrics.networks import classifier
+from nanomed.metrics.networks import inception as published
+from nanomed.metrics.networks import vit as transformers
 
 Device = torch.device | str
 

@@ -24,7 +24,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from nanomed import files, runtime
+from nanomed.run import files
+from nanomed.run.flags import UsageError
+from nanomed.run.ranks import Ranks
 
 CHECKPOINT = re.compile(r"^(?P<stage>\w+)-step-(?P<step>\d+)$")
 
@@ -59,32 +61,29 @@ def _read(path: Path) -> dict:
 class Run:
     """One run folder. Only rank 0 writes; every rank reads."""
 
-    def __init__(self, folder: Path, rank: int, tensorboard: bool = False):
-        self.folder, self.rank = Path(folder), rank
+    def __init__(self, folder: Path, ranks: Ranks, tensorboard: bool = False):
+        self.folder, self.ranks = Path(folder), ranks
         self.state = _read(self.folder / "state.json")
-        self.board = _tensorboard(self.folder) if tensorboard and rank == 0 else None
+        self.board = _tensorboard(self.folder) if tensorboard and ranks.first else None
 
     @classmethod
-    def create(cls, root: str | Path, config: dict, rank: int) -> "Run":
+    def create(cls, root: str | Path, config: dict, ranks: Ranks) -> "Run":
         """A fresh folder under `root`, named by time and model; all ranks get the same one."""
-        name = [time.strftime("%Y-%m-%d_%H%M%S") + f"-{config['model']}"]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(name)
-        folder = Path(root) / name[0]
-        if rank == 0:
+        folder = Path(root) / ranks.agree(time.strftime("%Y-%m-%d_%H%M%S") + f"-{config['model']}")
+        if ranks.first:
             while folder.exists():
-                raise runtime.UsageError(f"{folder} exists already; start again in a second, or say --out")
+                raise UsageError(f"{folder} exists already; start again in a second, or say --out")
             files.write_json(folder / "config.json", config | {"environment": environment()})
             files.write_json(folder / "state.json", {"status": "running", "stages": []})
-        runtime.barrier()
-        return cls(folder, rank, config.get("tensorboard", False))
+        ranks.barrier()
+        return cls(folder, ranks, config.get("tensorboard", False))
 
     @classmethod
-    def resume(cls, folder: str | Path, config: dict, world: int, rank: int) -> "Run":
+    def resume(cls, folder: str | Path, config: dict, ranks: Ranks) -> "Run":
         """Go on with a run. Settings that decide which numbers come next must be the same."""
         folder = Path(folder)
         if not is_run(folder):
-            raise runtime.UsageError(f"--resume {folder}: not a run folder")
+            raise UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
         decisive = (
             *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "released"),
@@ -93,15 +92,15 @@ class Run:
         )
         for name in decisive:
             if before.get(name) != config.get(name):
-                raise runtime.UsageError(
+                raise UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "
                     f"go on exactly. Give the old value"
                     + (f" (torchrun --nproc-per-node {before[name]})" if name == "world" else "")
                 )
-        if rank == 0:
+        if ranks.first:
             files.sweep(folder)
-        runtime.barrier()
-        run = cls(folder, rank, config.get("tensorboard", False))
+        ranks.barrier()
+        run = cls(folder, ranks, config.get("tensorboard", False))
         run.update(status="running")
         return run
 
@@ -109,13 +108,13 @@ class Run:
         """Take over the parts that another run has trained, but for the adapters (their folders) of the stage to come:
         that one is trained anew, on the same weights as there."""
         if not is_run(base):
-            raise runtime.UsageError(f"--base {base}: not a run folder")
+            raise UsageError(f"--base {base}: not a run folder")
         done = _read(Path(base) / "state.json")["stages"]
-        if self.rank == 0:
+        if self.ranks.first:
             shutil.copytree(model_folder(base), self.folder / "model")
             for file in [file for name in adapters for file in (self.folder / "model" / name).glob("adapter_*")]:
                 file.unlink()
-        runtime.barrier()
+        self.ranks.barrier()
         below = [stage] if stage in done else []
         self.update(base=str(base), below=below, stages=[other for other in done if other != stage])
 
@@ -124,12 +123,12 @@ class Run:
     def update(self, **values) -> None:
         """Change entries of state.json."""
         self.state |= values
-        if self.rank == 0:
+        if self.ranks.first:
             files.write_json(self.folder / "state.json", self.state)
 
     def log(self, **values) -> None:
         """Append one line to log.jsonl."""
-        if self.rank == 0:
+        if self.ranks.first:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         if self.board:
@@ -153,12 +152,12 @@ class Run:
         step: int,
         params: dict,
         optimizer: torch.optim.Optimizer,
-        ema: runtime.EMA | None,
+        average: dict[str, torch.Tensor] | None,
         state: dict,
     ) -> Path:
         """Write a checkpoint: temporary folder, flushed, renamed; state.json in it is written last."""
         folder = self.folder / "checkpoints" / f"{stage}-step-{step:06d}"
-        if self.rank == 0 and not folder.exists():
+        if self.ranks.first and not folder.exists():
             names = {param: name for name, param in params.items()}
             moments = {
                 f"{names[param]}/{key}": value
@@ -168,15 +167,15 @@ class Run:
             with files.atomic(folder) as temporary:
                 files.write_tensors(temporary / "model.safetensors", dict(params))
                 files.write_tensors(temporary / "optimizer.safetensors", moments)
-                if ema:
-                    files.write_tensors(temporary / "ema.safetensors", ema.average)
+                if average:
+                    files.write_tensors(temporary / "ema.safetensors", average)
                 sums = {path.name: files.sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
                 files.write_json(temporary / "state.json", state | {"step": step, "sha256": sums})
-        runtime.barrier()
+        self.ranks.barrier()
         return folder
 
     def restore(
-        self, stage: str, params: dict, optimizer: torch.optim.Optimizer, ema: runtime.EMA | None
+        self, stage: str, params: dict, optimizer: torch.optim.Optimizer, average: dict | None
     ) -> dict | None:
         """Load the newest whole checkpoint of a stage into parameters, optimizer and averages; its state, or None."""
         found = self.checkpoints(stage)
@@ -190,10 +189,9 @@ class Run:
         with torch.no_grad():
             for name, tensor in load_file(folder / "model.safetensors").items():
                 params[name].copy_(tensor)
-            if ema:
+            if average:
                 for name, tensor in load_file(folder / "ema.safetensors").items():
-                    ema.average[name].copy_(tensor)
-                ema.updates = state["ema_updates"]
+                    average[name].copy_(tensor)
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)
             if value.shape == params[name].shape and entry != "step":  # moments lie in memory as their parameter does
@@ -203,7 +201,7 @@ class Run:
 
     def prune(self, stage: str, keep: int, best: int | None) -> None:
         """Remove all checkpoints of a stage but the last `keep` and the best one."""
-        if self.rank == 0:
+        if self.ranks.first:
             for folder in self.checkpoints(stage)[: -max(keep, 1)]:
                 if int(CHECKPOINT.match(folder.name)["step"]) != best:
                     grave = folder.with_name(
@@ -223,7 +221,7 @@ def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise runtime.UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard") from None
+        raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard") from None
     return SummaryWriter(str(folder / "tensorboard"))
 
 

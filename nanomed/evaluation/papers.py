@@ -13,9 +13,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomed import data, files
+from nanomed import data
 from nanomed.data.table import DataError
-from nanomed.imagesets import ImageSet, of_table
+from nanomed.evaluation.imagesets import ImageSet, of_table
+from nanomed.run import files
 
 ROWS, SIDE = 2000, 256  # of mmcp
 HELD_OUT = 0.2  # of medart

@@ -1,6 +1,6 @@
 """The pages of an evaluation: which pictures to show, and what to say beside them.
 
-The drawing itself is nanomed/metrics/report.py's business; this joins it to the sets of images.
+The drawing itself is nanomed/metrics/webpage.py's business; this joins it to the sets of images.
 """
 
 import json
@@ -10,27 +10,28 @@ from pathlib import Path
 import numpy as np
 
 from nanomed.data.table import DataError
-from nanomed.imagesets import ImageSet
-from nanomed.measuring import Outcome
-from nanomed.metrics import report, table
+from nanomed.evaluation import table, webpage
+from nanomed.evaluation.imagesets import ImageSet
+from nanomed.evaluation.measuring import Outcome
 from nanomed.metrics.entries import Entries
+from nanomed.run import files
 
 ROWS, STRIP, PAIRS = 12, 4, 24  # lines of pictures, pictures on each side of a line, pairs of neighbours
 
 
 def page(outcome: Outcome) -> str:
-    """report.html."""
+    """webpage.html."""
     sets = outcome.sets
     reals = ", ".join(f"{name} ({len(real):,})" for name, real in sets.reals.items())
     lead = f"{len(sets.fake):,} generated images against {reals} real ones. Synthetic images are not for diagnosis."
     first = next(iter(sets.reals.values()))
-    return report.page(
+    return webpage.page(
         f"{sets.fake.name} against {', '.join(sets.reals)}",
         lead,
         [
-            ("Measures", report.measures(outcome.results)),
-            ("Notes", report.bullets(outcome.notes)),
-            ("Real and generated", report.side_by_side(list(_rows(first, sets.fake)))),
+            ("Measures", webpage.measures(outcome.results)),
+            ("Notes", webpage.bullets(outcome.notes)),
+            ("Real and generated", webpage.side_by_side(list(_rows(first, sets.fake)))),
             ("Nearest training images", _memorisation(outcome)),
             ("Colours", _colours(outcome)),
         ],
@@ -39,9 +40,9 @@ def page(outcome: Outcome) -> str:
 
 def comparison(runs: Mapping[str, Entries], lines: Mapping[str, Entries]) -> str:
     """compare.html: the lines of the common table, then every run in full."""
-    details = [(run, report.measures(results)) for run, results in runs.items()]
-    return report.page(
-        " against ".join(runs), "The best of every column is in bold.", [("All", report.comparison(lines)), *details]
+    details = [(run, webpage.measures(results)) for run, results in runs.items()]
+    return webpage.page(
+        " against ".join(runs), "The best of every column is in bold.", [("All", webpage.comparison(lines)), *details]
     )
 
 
@@ -86,7 +87,7 @@ def nearest(outcome: Outcome) -> Iterator[dict]:
         }
 
 
-def _rows(real: ImageSet, fake: ImageSet) -> Iterator[report.Row]:
+def _rows(real: ImageSet, fake: ImageSet) -> Iterator[webpage.Row]:
     """Real and generated images of the same class, else of the same prompt, else side by side as they come."""
     if real.labels and fake.labels:
         by_real, by_fake = _grouped([[x] for x in real.labels]), _grouped([[x] for x in fake.labels])
@@ -96,7 +97,7 @@ def _rows(real: ImageSet, fake: ImageSet) -> Iterator[report.Row]:
         for i, (prompt, rows) in enumerate(list(by_fake.items())[:ROWS]):
             any_real = [row for row in range(i * STRIP, (i + 1) * STRIP) if row < len(real)]
             pictures = _pictures(real, any_real), _pictures(fake, rows)
-            yield report.Row(prompt or "(no prompt)", *pictures, label="real, whose prompts are not known")
+            yield webpage.Row(prompt or "(no prompt)", *pictures, label="real, whose prompts are not known")
         return
     elif fake.prompts:
         by_real, by_fake = _grouped(real.prompts), _grouped(fake.prompts)
@@ -104,11 +105,11 @@ def _rows(real: ImageSet, fake: ImageSet) -> Iterator[report.Row]:
     else:
         for start in range(0, min(len(fake), ROWS // 2 * STRIP), STRIP):
             rows = range(start, start + STRIP)
-            yield report.Row("", _pictures(real, [row for row in rows if row < len(real)]),
+            yield webpage.Row("", _pictures(real, [row for row in rows if row < len(real)]),
                              _pictures(fake, [row for row in rows if row < len(fake)]))  # fmt: skip
         return
     for name in chosen[:ROWS]:
-        yield report.Row(name or "(no prompt)", _pictures(real, by_real.get(name, [])), _pictures(fake, by_fake[name]))
+        yield webpage.Row(name or "(no prompt)", _pictures(real, by_real.get(name, [])), _pictures(fake, by_fake[name]))
 
 
 def _grouped(names) -> dict[str, list[int]]:
@@ -119,8 +120,8 @@ def _grouped(names) -> dict[str, list[int]]:
     return rows
 
 
-def _pictures(images: ImageSet, rows: list[int]) -> list[report.Picture]:
-    return [report.Picture(images.image(row), images.title(row)) for row in rows[:STRIP]]
+def _pictures(images: ImageSet, rows: list[int]) -> list[webpage.Picture]:
+    return [webpage.Picture(images.image(row), images.title(row)) for row in rows[:STRIP]]
 
 
 def _memorisation(outcome: Outcome) -> str:
@@ -131,17 +132,17 @@ def _memorisation(outcome: Outcome) -> str:
     for name, space in found.spaces.items():
         series = {"held-out to training" if sets.held_out else "training to other training": space.reference_relative,
                   "generated to training": space.relative}  # fmt: skip
-        shares = {label: report.binned(values, 0, 1) for label, values in series.items()}
+        shares = {label: webpage.binned(values, 0, 1) for label, values in series.items()}
         title = f"Distance to the nearest training image in {name}, relative to a typical neighbour's"
-        drawings.append(report.histogram(title, shares, 0, 1))
+        drawings.append(webpage.histogram(title, shares, 0, 1))
     pairs = []
     for pair in found.closest[:PAIRS]:
-        fake = report.Picture(sets.fake.image(pair.sample), sets.fake.title(pair.sample))
-        real = report.Picture(sets.train.image(pair.train), sets.train.title(pair.train))
+        fake = webpage.Picture(sets.fake.image(pair.sample), sets.fake.title(pair.sample))
+        real = webpage.Picture(sets.train.image(pair.train), sets.train.title(pair.train))
         unit = "grey levels" if pair.space == "pixels" else f"in {pair.space}"
         said = f"{pair.distance:.3g} {unit}, p = {pair.p:.2g}{': a copy' if pair.flagged else ''}"
         pairs.append((fake, real, said, pair.flagged))
-    return report.verdict(found.verdict, found.alarm) + report.charts(drawings) + report.pairs(pairs)
+    return webpage.verdict(found.verdict, found.alarm) + webpage.charts(drawings) + webpage.pairs(pairs)
 
 
 def _colours(outcome: Outcome) -> str:
@@ -149,13 +150,29 @@ def _colours(outcome: Outcome) -> str:
     names = [*list(outcome.sets.reals)[:1], outcome.sets.fake.name]
     labels = ("real", "generated")
     sides = {label: outcome.colours[name] for label, name in zip(labels, names)}
-    drawings = [report.histogram("Saturation", {label: c.saturation for label, c in sides.items()}, 0, 1)]
+    drawings = [webpage.histogram("Saturation", {label: c.saturation for label, c in sides.items()}, 0, 1)]
     for channel, colour in enumerate(("Red", "Green", "Blue")):
         shares = {label: c.channels[channel].reshape(64, 4).sum(1) for label, c in sides.items()}
-        drawings.append(report.histogram(f"{colour}, share of grey levels", shares, 0, 255))
+        drawings.append(webpage.histogram(f"{colour}, share of grey levels", shares, 0, 255))
     means = {label: c.means.mean(1) for label, c in sides.items()}
     high = float(np.ceil(max(values.max() for values in means.values())))
-    drawings.append(report.histogram("Mean brightness of an image", {
-        label: report.binned(values, 0, max(high, 1.0)) for label, values in means.items()
+    drawings.append(webpage.histogram("Mean brightness of an image", {
+        label: webpage.binned(values, 0, max(high, 1.0)) for label, values in means.items()
     }, 0, max(high, 1.0)))  # fmt: skip
-    return report.charts(drawings)
+    return webpage.charts(drawings)
+
+
+def publish(outcome: Outcome, out: str | Path) -> str:
+    """Write results.json, report.html and, where training images were looked for, nearest.jsonl; return what belongs
+    on the terminal."""
+    out = Path(out)
+    files.write_json(out / "results.json", outcome.results)
+    files.write_text(out / "report.html", page(outcome))
+    if outcome.nearest:
+        files.write_text(out / "nearest.jsonl", "".join(json.dumps(pair) + "\n" for pair in nearest(outcome)))
+    else:
+        (out / "nearest.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
+    lines = [papers_tables(outcome), "", table.full(outcome.results), ""]
+    lines += [f"memorisation: {outcome.nearest.verdict}"] if outcome.nearest else []
+    lines += [f"note: {note}" for note in outcome.notes]
+    return "\n".join([*lines, f"{out / 'results.json'}, {out / 'report.html'}"])

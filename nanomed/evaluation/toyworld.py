@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanomed import files
 from nanomed.data import grammar, toy
-from nanomed.metrics.classifier import SIDE, ToyClassifier
+from nanomed.metrics.networks.classifier import SIDE, ToyClassifier
+from nanomed.run import files
 
 STAND_IN = 20_000_000  # first of the scenes that the stand-in is trained on: neither models nor evaluations see them
 

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.cache import SHARD, cached
+from nanomed import metrics as metrics_wing
+from nanomed.run.cache import SHARD, cached
+from nanomed.run.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,13 @@ class Store:
     """Where features are kept.
 
     folder        the cache on disk
-    rank, world   this process and how many share the images; the folder must be common to them
-    barrier       waits for all of them; nothing else is collective here
+    ranks         share the images; the folder must be common to them, and waiting for each other is all they do here
     passes        images that went through each network so far, on this rank: {name: count}
     notes         one line for every entry that was damaged and computed again
     """
 
-    def __init__(
-        self, folder: str | Path, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
-    ) -> None:
-        self.folder, self.rank, self.world, self.barrier = Path(folder), rank, world, barrier
+    def __init__(self, folder: str | Path, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks = Path(folder), ranks
         self.passes: Counter[str] = Counter()
         self.notes: list[str] = []
 
@@ -69,7 +68,7 @@ class Store:
             self.passes[extractor.name] += len(rows)
             return extractor.columns(ahead(image, rows))
 
-        columns = cached(folder, key, len(hashes), make, SHARD, self.rank, self.world, self.barrier)
+        columns = cached(folder, key, len(hashes), make, SHARD, self.ranks)
         return {name: torch.cat([shard[name] for shard in columns.shards]) for name in columns.shards[0]}
 
 
@@ -92,9 +91,9 @@ def ahead(image: Callable[[int], np.ndarray], rows: Sequence[int], most: int = 6
 @functools.cache
 def _version() -> str:
     """Changes when the code between pixels and features does, so that no cache outlives a correction."""
-    folder = Path(__file__).parent
-    makers = ("features", "inception", "clef", "vit", "classifier")
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in makers)).hexdigest()[:16]
+    metrics = Path(metrics_wing.__file__).parent
+    makers = (*metrics.glob("networks/*.py"), metrics / "features.py", metrics / "clef.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(makers))).hexdigest()[:16]
 
 
 def _slug(text: str) -> str:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanomed import data, files
-from nanomed.cache import cached
+from nanomed import data
+from nanomed.data import images as decoding
 from nanomed.data import toy
 from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb, squash
 from nanomed.data.table import DataError, column, read_csv
+from nanomed.evaluation.table import one_line
 from nanomed.metrics import colour, memorisation
 from nanomed.metrics.colour import Colours
-from nanomed.metrics.table import one_line
+from nanomed.run import files
+from nanomed.run.cache import cached
+from nanomed.run.ranks import ALONE, Ranks
 
 KINDS = ("damaged", "in colour", "greyscale", "transparent", "16 bit or float", "CMYK or of another mode")
 LOSSY = ("JPEG", "WEBP")
@@ -205,12 +208,10 @@ class Survey:
         return Colours(c["means"], c["stds"], *(c[name].mean(0, dtype=float) for name in ("channels", "saturation")))
 
 
-def survey(
-    images: ImageSet, cache: str | Path, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
-) -> Survey:
+def survey(images: ImageSet, cache: str | Path, ranks: Ranks = ALONE) -> Survey:
     """Decode every image once, on all ranks, and keep what was seen in `cache` under the images' hashes."""
     if images.parts:
-        parts = [survey(part, cache, rank, world, barrier).columns for part in images.parts]
+        parts = [survey(part, cache, ranks).columns for part in images.parts]
         return Survey({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def make(rows: list[int]) -> dict[str, Tensor]:
@@ -219,16 +220,15 @@ def survey(
         return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
 
     key = ["survey", _version(), list(images.hashes)]
-    columns = cached(Path(cache) / "survey", key, len(images), make, 64, rank, world, barrier)
+    columns = cached(Path(cache) / "survey", key, len(images), make, 64, ranks)
     return Survey({name: torch.cat([shard[name] for shard in columns.shards]) for name in columns.shards[0]})
 
 
 @functools.cache
 def _version() -> str:
     """Changes when the code that looks does."""
-    folder = Path(__file__).parent
-    makers = ("imagesets.py", "data/images.py", "metrics/colour.py", "metrics/memorisation.py")
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in makers)).hexdigest()[:16]
+    makers = (__file__, decoding.__file__, colour.__file__, memorisation.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in makers)).hexdigest()[:16]
 
 
 def _look(images: ImageSet, row: int) -> dict[str, Tensor]:

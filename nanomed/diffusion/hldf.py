@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanomed.diffusion import Cond, Denoise, guided
+from nanomed.diffusion.guidance import guided
+from nanomed.diffusion.process import Cond, Denoise
 
 
 def colours(images: Tensor) -> Tensor:

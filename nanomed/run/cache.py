@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanomed import files
+from nanomed.run import files
+from nanomed.run.ranks import ALONE, Ranks
 
 SHARD = 256  # rows
 
@@ -39,19 +40,17 @@ def cached(
     count: int,
     make: Callable[[list[int]], dict[str, Tensor]],
     chunk: int = 32,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Columns:
     """Rows 0 .. count - 1 of `make`, from disk where they are there and whole, else computed and written.
 
     `key` is any JSON value that names all the inputs. `make(rows)` returns {name: (len(rows), ...)}; it is called
-    with at most `chunk` rows. Ranks share the missing shards, and `barrier` waits for all of them.
+    with at most `chunk` rows. Ranks share the missing shards and wait for each other.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = Path(folder) / digest[:32]
     starts = range(0, count, SHARD)
-    for start in list(starts)[rank::world]:
+    for start in ranks.share(starts):
         path = folder / f"{start:08d}.safetensors"
         if _whole(path):
             continue
@@ -60,7 +59,7 @@ def cached(
         shard = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
         files.write_tensors(path, shard)
         files.write_text(path.with_suffix(".sha256"), files.sha256(path))
-    barrier()
+    ranks.barrier()
     return Columns([load_file(folder / f"{start:08d}.safetensors") for start in starts], count)
 
 

@@ -3,7 +3,7 @@
 `measure` decodes every image once, brings each through each network once, on all ranks, and then computes on one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,19 +12,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanomed import imagesets, toyworld, weights
+from nanomed import weights
 from nanomed.data.table import DataError
-from nanomed.imagesets import ImageSet, Survey
-from nanomed.metrics import downstream, entries, extractors, memorisation, uncertainty, vit
-from nanomed.metrics.classifier import NAME as STAND_IN
+from nanomed.evaluation import extractors, imagesets, toyworld
+from nanomed.evaluation.imagesets import ImageSet, Survey
+from nanomed.evaluation.store import Extractor, Store
+from nanomed.metrics import downstream, entries, memorisation, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
-from nanomed.metrics.store import Extractor, Store
+from nanomed.metrics.networks import vit
+from nanomed.metrics.networks.classifier import NAME as STAND_IN
+from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = ("fid", "kid", "is", "pr", "dc", "kfd", "hfd", "memorisation", "colour", "faithfulness", "classify")
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc"}
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
+
+
+@dataclass
+class Settings:
+    """How sets are measured; evaluate.py's flags of the same names."""
+
+    protocol: str = "tf"
+    metrics: str = ""
+    inception: str = ""
+    classifier: str = ""
+    weights: str = ""
+    cache: str = "runs/cache"
+    intervals: bool = True
+    skip_bad: bool = False
+    batch: int = 32
+    seed: int = 2204
 
 
 @dataclass
@@ -60,14 +79,19 @@ class Outcome:
         return of_sets | self.shared
 
 
+def exactly() -> None:
+    """Full float32 products on a GPU, where training takes fewer bits: numbers are compared to a thousandth."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 class Eyes:
     """Looks at sets, once at each: what decoding shows, and what networks make of them. Collective: every rank does
     the same in the same order."""
 
-    def __init__(self, settings, rank: int, world: int, barrier: Callable[[], None]):
+    def __init__(self, settings: Settings, ranks: Ranks):
         self.cache, self.skip_bad = settings.cache, settings.skip_bad
-        self.rank, self.world, self.barrier = rank, world, barrier
-        self.store = Store(Path(settings.cache) / "features", rank, world, barrier)
+        self.ranks = ranks
+        self.store = Store(Path(settings.cache) / "features", ranks)
         self.notes: list[str] = []
         self.seen: dict[tuple[str, ...], tuple[ImageSet, Survey]] = {}
         self.read: dict[tuple, dict[str, Tensor]] = {}
@@ -75,7 +99,7 @@ class Eyes:
     def look(self, images: ImageSet) -> ImageSet:
         """The set without its damaged images."""
         if images.hashes not in self.seen:
-            survey = imagesets.survey(images, self.cache, self.rank, self.world, self.barrier)
+            survey = imagesets.survey(images, self.cache, self.ranks)
             whole, survey, lines = imagesets.sound(images, survey, self.skip_bad)
             self.notes += [*lines, *imagesets.remarks(whole, survey)]
             self.seen[images.hashes] = self.seen[whole.hashes] = whole, survey
@@ -91,8 +115,8 @@ class Eyes:
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         key = extractor.name, extractor.protocol, images.hashes
         if key not in self.read:
-            with tqdm(total=len(images) // self.world, desc=f"{images.name}, {extractor.name}", unit="image",
-                      delay=2, leave=False, disable=self.rank > 0) as bar:  # fmt: skip
+            with tqdm(total=len(images) // self.ranks.world, desc=f"{images.name}, {extractor.name}", unit="image",
+                      delay=2, leave=False, disable=not self.ranks.first) as bar:  # fmt: skip
 
                 def image(row: int) -> np.ndarray:
                     bar.update()
@@ -102,23 +126,14 @@ class Eyes:
         return self.read[key]
 
 
-def measure(
-    sets: Sets,
-    asked: Sequence[str],
-    settings,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
-    barrier: Callable[[], None] = lambda: None,
-) -> Outcome | None:
+def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks = ALONE) -> Outcome | None:
     """Every number that was asked for but those of `classify`, which trains; None on all ranks but the first. Called
     where gradients are off.
 
     asked      names among METRICS, refused by name where the images do not allow them; empty: `sets.usual`, as far as
                the images allow
-    settings   evaluate.Config
     """
-    eyes = Eyes(settings, rank, world, barrier)
+    eyes = Eyes(settings, ranks)
     fake = eyes.look(sets.fake)
     reals = {name: eyes.look(real) for name, real in sets.reals.items()}
     train = eyes.look(sets.train) if sets.train else None
@@ -128,13 +143,13 @@ def measure(
         sets.notes.append("the real images count as the training images, whose copies are looked for; else say --train")
     notes = [*sets.notes, *eyes.notes]
     wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes)]
-    networks = _networks(wanted, asked, sets.toy_world, settings, device, notes)
+    networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes)
     found = {
         name: {images.hashes: eyes.features(network, images) for images in _who(name, sets, wanted)}
         for name, network in networks.items()
     }
     notes += eyes.store.notes
-    if rank > 0:
+    if not ranks.first:
         return None
 
     outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()})
@@ -152,7 +167,7 @@ def measure(
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
         outcome.colours[name] = eyes.survey(real).colours()
         try:
-            run = _distances(wanted, networks, found, real, fake, settings, device)
+            run = _distances(wanted, networks, found, real, fake, settings, ranks.device)
         except ValueError as error:  # features that are no numbers: weights that are none
             raise DataError(f"{fake.name} against {real.name}: {error}; check the network's file") from None
         if "colour" in wanted:
@@ -309,7 +324,7 @@ def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
     return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
 
 
-def classify(sets: Sets, settings, device: torch.device | str = "cpu") -> Entries:
+def classify(sets: Sets, settings: Settings, device: torch.device | str = "cpu") -> Entries:
     """Med-Art's Table 4: a classifier trained on generated images, and one on real ones, tested on real ones."""
     tests = (
         imagesets.union("real", list(sets.reals.values())) if len(sets.reals) > 1 else next(iter(sets.reals.values()))

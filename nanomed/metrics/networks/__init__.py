@@ -1,0 +1,1 @@
+"""The feature networks that metrics look through, with the names of their published files. May import `weights`."""

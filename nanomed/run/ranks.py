@@ -1,0 +1,102 @@
+"""The processes of a run and what they do together. One process is the case `ALONE`, and no caller asks which it is.
+
+    ranks = Ranks.join()                       under torchrun all of its processes, else this one
+    for rows in ranks.share(batches): ...      every rank a part
+    if ranks.first: ...                        files and messages; nothing that all ranks must reach may stand here
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` of them, and the device it works on."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """The ranks of torchrun, joined by NCCL on GPUs and by gloo elsewhere; without torchrun this process alone."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        return cls(rank, world, device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every world-th item, beginning with the rank's own."""
+        return items[self.rank :: self.world]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one. Waits for the device."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def average_gradients(self, params: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
+        """Replace every gradient by its mean over the ranks, in flat buckets."""
+        if self.world == 1:
+            return
+        params = [p for p in params if p.requires_grad]
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        for param in params:
+            dist.all_reduce(param.grad)
+            param.grad /= self.world
+
+    def mean(self, value: float, count: int) -> float:
+        """The mean of `value`, each rank's weighted by its `count`."""
+        pair = torch.tensor([value * count, count], dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(pair)
+        return (pair[0] / pair[1].clamp(min=1)).item()
+
+    def gather(self, mine: Tensor, count: int, chunk: int) -> Tensor:
+        """Put rows together, on the CPU, that ranks made chunk by chunk in turn: rank r has chunks r, r + world, ..."""
+        if self.world == 1:
+            return mine
+        full = torch.zeros(count, *mine.shape[1:], dtype=mine.dtype)
+        starts = self.share(range(0, count, chunk))
+        full[[i for start in starts for i in range(start, min(start + chunk, count))]] = mine
+        full = full.to(self.device)
+        dist.all_reduce(full)  # every row is zero on all ranks but one
+        return full.cpu()
+
+    def agree(self, value: T) -> T:
+        """The first rank's `value`, on all of them; any object that can be pickled, among processes of one run."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+
+ALONE = Ranks()

@@ -1,0 +1,106 @@
+"""The judge of checkpoints: looks at a stage from outside, on images that it does not train on."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from nanomed.data.table import Table
+from nanomed.run import files
+from nanomed.run.hardware import autocast
+from nanomed.run.randomness import ImageNoise, seed_of
+from nanomed.run.ranks import Ranks
+from nanomed.training.batches import Batches, View, pixels
+from nanomed.training.caches import images_of
+from nanomed.training.optimizer import EMA
+
+
+class Judge:
+    """Looks at a stage from outside: the loss on held-out images, a grid, and the number to choose the best by.
+
+    That number is a Frechet distance between held-out images and images of fixed prompts and seeds where a feature
+    network is at hand (`measure` says which), else the validation loss.
+    """
+
+    def __init__(self, config, system, stage, run, valid: Table, ranks: Ranks):
+        self.config, self.system, self.stage, self.run = config, system, stage, run
+        self.valid, self.ranks, self.device = valid, ranks, ranks.device
+        self.draws = system.uses_text(stage)
+        self.distance, self.measure = None, "validation loss"
+        if self.draws and config.score_images:
+            from nanomed.metrics.features import frechet_to
+
+            arrays = [pixels(row, system.size, 0, View(0), augment=False) for row in valid.rows]
+            self.distance, name = frechet_to(arrays, toy=config.data.startswith("toy"), folder=config.weights or None)
+            self.measure = name or self.measure
+        self.prompts = self._grid_prompts() if self.draws else []
+        if ranks.first:
+            print(f"stage {stage}: the best checkpoint is the one of the lowest {self.measure}")
+
+    def _grid_prompts(self) -> list[str]:
+        if self.config.grid_prompts:
+            from nanomed.data.prompts import read_prompts
+
+            return read_prompts(self.config.grid_prompts)[: max(self.config.score_images, 16)]
+        pairs = [prompt for row in self.valid.rows for prompt in row.prompts]
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.config.seed))
+        return [pairs[i] for i in order[: max(self.config.score_images, 16)].tolist()]
+
+    @torch.no_grad()
+    def __call__(self, step: int, ema: EMA | None) -> float:
+        """Validate, draw the grid and return the score of the averaged weights; every rank gets the same number."""
+        with ema.swapped() if ema else nullcontext():
+            self.system.eval()
+            loss = self._loss()
+            images = self._draw() if self.draws else self._reconstruct()
+            if self.ranks.first and len(images):
+                name = f"{self.stage}-step-{step:06d}.png"
+                files.write_png(self.run.folder / "samples" / name, grid(images[:16]))
+            score = self.distance(images) if self.distance else loss
+        self.system.trainable(self.stage)
+        self.run.log(
+            stage=self.stage, step=step, valid_loss=round(loss, 6), score=round(score, 6), score_is=self.measure
+        )
+        return score
+
+    def _loss(self) -> float:
+        """The training loss on held-out samples at fixed noise and timesteps, the ranks sharing the batches."""
+        batch = min(self.config.batch, 32)
+        held_out = Batches(self.valid.rows, self.system.size, batch, seed=0, pairs=self.draws, augment=False)
+        total = count = 0
+        for i in self.ranks.share(range(min(8, -(-len(held_out.items) // batch)))):
+            torch.manual_seed(seed_of("validation", i))
+            inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in held_out[i].items()}
+            total += self.system(inputs, self.stage, 0)["loss"].item()
+            count += 1
+        held_out.close()
+        return self.ranks.mean(total / max(count, 1), count)
+
+    def _draw(self) -> Tensor:
+        """uint8 images (N, S, S, 3) of the fixed prompts, each from its own seed; the ranks share the work."""
+        batch, drawn = 16, []
+        for start in self.ranks.share(range(0, len(self.prompts), batch)):
+            prompts = self.prompts[start : start + batch]
+            noise = ImageNoise(self.config.seed, range(start, start + len(prompts)), self.device)
+            with autocast(self.config.precision, self.device):
+                drawn.append(self.system.sample(prompts, noise).float())
+        mine = (
+            files.to_bytes(torch.cat(drawn))
+            if drawn
+            else torch.empty(0, self.system.size, self.system.size, 3, dtype=torch.uint8)
+        )
+        return self.ranks.gather(mine, len(self.prompts), batch)
+
+    def _reconstruct(self) -> Tensor:
+        """Held-out images, each followed by what the autoencoder makes of it."""
+        images = next(images_of(self.valid, self.system.size, self.device, batch=8))
+        pairs = torch.stack([images, self.system.reconstruct(images)], dim=1).flatten(0, 1)
+        return files.to_bytes((pairs.float() / 2 + 0.5).clamp(0, 1))
+
+
+def grid(images: Tensor) -> Tensor:
+    """uint8 images (N, S, S, 3) side by side, as near to a square as N allows."""
+    columns = max(d for d in range(1, int(len(images) ** 0.5) + 1) if len(images) % d == 0)
+    columns = len(images) // columns
+    rows = images.unflatten(0, (-1, columns))  # (R, C, S, S, 3)
+    return rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
