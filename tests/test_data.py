@@ -13,7 +13,7 @@ from nanomed import data
 from nanomed.data import images
 from nanomed.data.prompts import read_prompts
 from nanomed.data.table import DataError, Row, Table, read_csv, with_paraphrases
-from nanomed.training import batches
+from nanomed.training.batches import Batches, Samples
 
 
 def picture(path, color=(200, 100, 80), size=(20, 16)):
@@ -340,7 +340,7 @@ def toy_rows(tmp_path):
 
 
 def test_batches_are_a_function_of_the_step_alone(toy_rows):
-    make = lambda: batches.Batches(toy_rows, 32, 4, seed=1, dropout=0.2)  # noqa: E731
+    make = lambda: Batches(toy_rows, Samples(32, 1, dropout=0.2), 4)  # noqa: E731
     straight, later = make(), make()
     for step in range(12):
         straight[step]
@@ -351,8 +351,8 @@ def test_batches_are_a_function_of_the_step_alone(toy_rows):
 def test_an_epoch_holds_every_pair_once_and_ranks_share_it(toy_rows):
     pairs = sorted(prompt for row in toy_rows for prompt in row.prompts)
     count = len(pairs) - len(pairs) % 4
-    one = batches.Batches(toy_rows, 32, 4, seed=1)
-    two = [batches.Batches(toy_rows, 32, 2, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    one = Batches(toy_rows, Samples(32, 1), 4)
+    two = [Batches(toy_rows, Samples(32, 1), 2, (rank, 2)) for rank in (0, 1)]
     seen = [prompt for step in range(count // 4) for prompt in one[step]["prompt"]]
     shared = [prompt for step in range(count // 4) for ranked in two for prompt in ranked[step]["prompt"]]
     assert seen == shared
@@ -361,7 +361,7 @@ def test_an_epoch_holds_every_pair_once_and_ranks_share_it(toy_rows):
 
 def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows):
     """ "upper-left" must stay true: a sample with a prompt is never mirrored."""
-    source = batches.Batches(toy_rows, 32, 8, seed=2, dropout=0.5, augment=False)
+    source = Batches(toy_rows, Samples(32, 2, dropout=0.5, augment=False), 8)
     upright = {images.msdm_valid(images.open_rgb(row.file), 32).tobytes() for row in toy_rows}
     dropped = kept = flipped = 0
     for step in range(6):
@@ -379,17 +379,17 @@ def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows):
 
 def test_prompts_that_name_a_place_can_be_drawn_more_often(toy_rows):
     """Every toy image has such a prompt; chance draws one in six. An image that has none keeps what was drawn."""
-    drawn = batches.Batches(toy_rows, 32, 64, seed=3, places=1.0)[0]["prompt"]
+    drawn = Batches(toy_rows, Samples(32, 3, places=1.0), 64)[0]["prompt"]
     assert all(" located in " in prompt for prompt in drawn)
     silent = [replace(row, prompts=("Generate an image with no polyps.",)) for row in toy_rows]
-    assert set(batches.Batches(silent, 32, 8, seed=3, places=1.0)[0]["prompt"]) == {"Generate an image with no polyps."}
+    assert set(Batches(silent, Samples(32, 3, places=1.0), 8)[0]["prompt"]) == {"Generate an image with no polyps."}
 
 
 def test_places_come_first_for_as_many_steps_as_asked(toy_rows):
     """On both ranks alike, and by the number of the step, so that a run which goes on at step 3 does the same."""
     for rank in (0, 1):
-        early = batches.Batches(toy_rows, 32, 32, seed=3, rank=rank, world=2, places_first=2)
+        early = Batches(toy_rows, Samples(32, 3, places_first=2), 32, (rank, 2))
         named = [[" located in " in prompt for prompt in early[step]["prompt"]] for step in (2, 1, 0)]
         assert all(named[1]) and all(named[2]) and sum(named[0]) < 16
-        plain = batches.Batches(toy_rows, 32, 32, seed=3, rank=rank, world=2)
+        plain = Batches(toy_rows, Samples(32, 3), 32, (rank, 2))
         assert plain[2]["prompt"] == early[2]["prompt"]

@@ -293,6 +293,6 @@ def test_what_is_missing_or_another_network_is_said(folder, tmp_path):
     path = copy / "kandinsky-2-2-decoder" / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"addition_embed_type": "image_hint"}))
     with pytest.raises(
-        weights.WeightsError, match="addition_embed_type is 'image_hint', where Kandinsky 2.2 has 'image'"
+        weights.WeightsError, match="addition_embed_type is 'image_hint', which is not known here: 'image' is"
     ):
         nanomed.load("kandinsky2", weights=copy)

@@ -35,9 +35,12 @@ from nanomed.diffusion.guidance import guided
 from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.randomness import ImageNoise
+from nanomed.run.ranks import ALONE
 from nanomed.run.signals import PREEMPTED
+from nanomed.systems.assembly import Found
 from nanomed.systems.medart import PRESETS, MedArt, tiny_tokenizer
 from nanomed.text.t5 import T5Config, T5Encoder
+from nanomed.training.placement import Placement
 
 SMALL = dict(transformer=dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, sample_size=8, patch_size=2,
                               caption_channels=16, interpolation_scale=1.0),
@@ -82,7 +85,8 @@ def gradients(system: MedArt) -> torch.Tensor:
 def published(**options) -> MedArt:
     """Med-Art at full size, without a byte of weights."""
     with torch.device("meta"):
-        return MedArt(None, PixArtTransformer(), T5Encoder(T5Config()), AutoencoderKL(), base="meta", **options)
+        parts = {"transformer": PixArtTransformer(), "text_encoder": T5Encoder(T5Config()), "vae": AutoencoderKL()}
+        return MedArt(Found(parts, {}, {}, base="meta"), **options)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,7 @@ def test_presets_are_the_released_commands(preset, epochs, every):
     recipe = systems.recipe(preset) | systems.recipe(preset, "adapters")
     said = dict(rank=8, lr=1e-4, weight_decay=1e-2, batch=1, precision="bf16", clip=1.0, ema=0.0, epochs=epochs)
     assert said.items() <= recipe.items()
-    config = flags.parse(train.Config, ["--model", preset], presets=systems.recipe)
+    config = flags.parse(train.Config, ["--model", preset], systems.recipe, systems.options)
     assert config.augment and config.schedule == "constant" and config.adapter == "lora"
     system = published(**PRESETS[preset])
     assert system.config()["hldf_every"] == every and system.config()["hldf_steps"] == 20
@@ -266,14 +270,14 @@ def test_what_learns_to_read_here_reads_in_training_what_it_is_asked():
     assert torch.equal(asked["prompt_embeds"], learned["prompt_embeds"])
     words = tiny_tokenizer(512)(["generate an image with 1 polyp."], length=24)[1].sum()
     assert words <= 8  # a piece a word, the full stop and the end; else letters
-    system.base = "published"
+    system.shapes = {}  # as if it were published
     learned = system.states(["Generate an image with 1 polyp. "])
     assert not torch.equal(asked["prompt_embeds"], learned["prompt_embeds"])
 
 
 def test_an_unknown_kind_of_adapter_is_refused():
-    with pytest.raises(UsageError, match="--text_adapter loha: choose none"):
-        small(text_adapter="loha")
+    with pytest.raises(UsageError, match="--text_adapter loha: choose .*none, lora"):
+        flags.parse(train.Config, ["--model", "medart", "--text_adapter", "loha"], systems.recipe, systems.options)
 
 
 @pytest.fixture
@@ -381,7 +385,8 @@ def test_the_tiny_preset_from_nothing_to_adapters_that_peft_loads(run_train, fin
     monkeypatch.undo()
     trained = nanomed.load(run)
     assert not any(lora.adapted(part) for part in trained.children())  # folded: nothing to pay for when drawing
-    base = MedArt.fresh(trained.tokenizer, **_shapes(model))
+    base = MedArt.build(**_shapes(model))
+    base.tokenizer = trained.tokenizer
     for part in ("transformer", "text_encoder"):
         file = next((model / part).glob("*.safetensors"))
         base.get_submodule(part).load_state_dict(load_file(file))
@@ -421,10 +426,11 @@ def test_resume_is_bitwise_exact_across_hldf_steps(run_train, finished, tmp_path
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), path
 
 
-def test_flags_of_med_art_are_refused_elsewhere(monkeypatch):
+def test_flags_of_med_art_are_refused_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "msdm-tiny", "--hldf_every", "5"])
-    with pytest.raises(UsageError, match="--hldf_every: msdm-tiny has no such setting"):
+    with pytest.raises(SystemExit) as stopped:
         train.main()
+    assert stopped.value.code == 2 and "unrecognized arguments: --hldf_every" in capsys.readouterr().err
 
 
 def test_parts_are_plain_attributes_with_published_names():
@@ -441,30 +447,32 @@ import conftest
 import torch
 from nanomed.run.randomness import ImageNoise
 from nanomed.run.ranks import Ranks
+from nanomed.training.placement import Placement
 from test_medart import PROMPTS, small
 
 ranks = Ranks.join()
 rank, world, device = ranks.rank, ranks.world, ranks.device
 system = small()
-if world > 1:
-    system.shard(device)
-    system.trainable("adapters")
+placement = Placement(system, "adapters", "text_encoder=share", ranks)
+placement.settle()
+params = list(system.trainable("adapters").values())
+model = ranks.parallel(system)
 whole = sum(param.numel() for param in small().text_encoder.parameters())
 held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in system.text_encoder.parameters())
 assert world == 1 or held < 0.75 * whole, (held, whole)  # adapters are whole in both
 images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-params = [p for p in system.parameters() if p.requires_grad]
 for row in [rank] if world > 1 else [0, 1]:  # each process has one of the images
     torch.manual_seed(row)
-    loss = system({"image": images[row : row + 1], "prompt": PROMPTS[row : row + 1]}, "adapters", 0)["loss"]
+    loss = model({"image": images[row : row + 1], "prompt": PROMPTS[row : row + 1]}, "adapters", 0)["loss"]
     (loss / (1 if world > 1 else 2)).backward()
-ranks.average_gradients(params)
 found = torch.cat([p.grad.flatten() for p in params])
 system.eval()
+placement.whole()
 with torch.no_grad():
     for _ in range(1 + rank):  # unevenly many
         drawn = system.sample(PROMPTS, ImageNoise(0, range(2)), steps=2)
-system.trainable("adapters")  # in pieces again
+system.trainable("adapters")
+placement.apart()  # in pieces again
 system({"image": images[:1], "prompt": PROMPTS[:1]}, "adapters", 1)["loss"].backward()
 if rank == 0:
     torch.save({"gradient": found, "drawn": drawn}, sys.argv[1])
@@ -494,7 +502,7 @@ def test_a_run_of_two_processes_that_share_t5(tmp_path):
     """train.py from the base model on; both ways of holding T5 train the same adapters to 1e-5."""
     common = [*FLAGS, "--cache", str(tmp_path / "cache"), "--batch", "1", "--steps", "2", "--save_every", "2"]
     models = []
-    for name, more in (("whole", []), ("shared", ["--shard"])):
+    for name, more in (("whole", []), ("shared", ["--frozen", "share"])):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         words = [sys.executable, *launch, "train.py", *common, "--out", str(tmp_path / name), *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -512,7 +520,7 @@ def test_a_frozen_t5_may_work_on_another_device():
     """States come out where the transformer is. (The meta device stands for the CPU of a machine with a GPU.)"""
     system = small(text_adapter="none")
     expected = system.states(PROMPTS)
-    system.offload("text_encoder")
+    Placement(system, "adapters", "cpu", ALONE).settle()
     assert next(system.text_encoder.parameters()).device.type == "cpu"
     close(system.states(PROMPTS)["prompt_embeds"], expected["prompt_embeds"], 0)
     system.text_encoder.to("meta")
@@ -544,7 +552,7 @@ def test_activations_are_what_autograd_holds():
     ids, mask = torch.zeros(2, system.length, dtype=torch.int64), torch.ones(2, system.length, dtype=torch.bool)
     z = torch.randn(2, *system.latent_shape, requires_grad=True)
     kv = torch.randn(2, 2, 2, system.length, system.transformer.config.dim, requires_grad=True)
-    assert system._activations(2) == (
+    assert system.passes(2) == (
         held(lambda: system.text_encoder(ids, mask)),
         held(lambda: system.transformer(z, ids[:, 0], kv=kv, attention_mask=mask)),
         held(lambda: system.vae.decode(z)),
@@ -556,5 +564,5 @@ def test_dry_run_says_which_card_fits(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     assert train.main() == 0
     out = capsys.readouterr().out
-    assert "a step with HLDF" in out and "in all, --shard over 2" in out
+    assert "a step with HLDF" in out and "in all, --frozen share over 2" in out
     assert "fits a card of 24 GB, 40 GB, 80 GB" in out

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import nanomed
 from nanomed import systems, weights
 from nanomed.adapters import lora
-from nanomed.systems.pixart import PixArt, binned, cropped, read_scheduler
+from nanomed.systems.pixart import PixArt, read_scheduler
+from nanomed.systems.sizes import binned, cropped
 from nanomed.text.t5 import T5Encoder
 from nanomed.text.unigram import train_unigram
 
@@ -429,7 +430,8 @@ def test_a_trained_system_is_saved_and_read_again(form, folders, tmp_path):
                                       sample_size=4),
                      text_encoder=dict(vocab_size=90, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
                      vae=dict(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))  # fmt: skip
-        system = PixArt.fresh(train_unigram(PROMPTS, 60), **parts, steps=4, guidance=2.0)
+        system = PixArt.build(**parts, steps=4, guidance=2.0)
+        system.tokenizer = train_unigram(PROMPTS, 60)
     else:
         system = systems.build("pixart", str(folders["512"]), size=64)
     if form == "adapter":

@@ -20,8 +20,9 @@ import train
 from nanomed.run import files, flags, runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.randomness import ImageNoise
+from nanomed.run.ranks import ALONE
 from nanomed.run.signals import PREEMPTED
-from nanomed.training.optimizer import EMA, AdamW, clip_gradients
+from nanomed.training.optimizer import EMA, adamw, clip_gradients
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--model", "msdm-tiny", "--data", "toy:24", "--batch", "4", "--steps", "6", "--save_every", "2",
@@ -120,7 +121,7 @@ def test_resume_inside_an_accumulation_is_bitwise_exact(run_train, tmp_path):
 def test_a_checkpoint_that_is_damaged_is_refused_by_name(run_train, tmp_path):
     run_train(tmp_path, stop_after=9)
     run = runs.newest(tmp_path)
-    newest = runs.Run(run, 0).checkpoints("unet")[-1] / "model.safetensors"
+    newest = runs.Run(run, ALONE).checkpoints("unet")[-1] / "model.safetensors"
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(bytes(data))
@@ -160,7 +161,7 @@ def test_a_broken_step_is_skipped_and_counted_and_three_in_a_row_stop(run_train,
 
 def test_checkpoints_are_pruned_to_the_last_and_the_best(run_train, tmp_path):
     _, run = run_train(tmp_path, "--keep", "1")
-    kept = [folder.name for folder in runs.Run(run, 0).checkpoints("unet")]
+    kept = [folder.name for folder in runs.Run(run, ALONE).checkpoints("unet")]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["score"] for line in lines if line["stage"] == "unet" and "score" in line}
     best = min(scores, key=scores.get)
@@ -328,7 +329,7 @@ def test_adamw_on_channels_last_weights_is_torchs(monkeypatch):
     plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     last = [p.detach().clone() for p in plain]
     last = [torch.nn.Parameter(p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p) for p in last]
-    ours, theirs = AdamW(last, lr=0.1, weight_decay=0.01), torch.optim.AdamW(plain, lr=0.1, fused=True)
+    ours, theirs = adamw(last, lr=0.1, weight_decay=0.01), torch.optim.AdamW(plain, lr=0.1, fused=True)
     kernel, seen = torch._fused_adamw_, []
     monkeypatch.setattr(
         torch, "_fused_adamw_", lambda *lists, **options: seen.extend(lists[:4]) or kernel(*lists, **options)
@@ -380,12 +381,11 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_learning_rate_schedules():
     config = train.Config(lr=1.0, warmup=10, steps=110, schedule="cosine")
-    rates = [train.learning_rate(config, step) for step in range(110)]
+    rates = [train.learning_rate(config, step, 110) for step in range(110)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
-    config.schedule = "never"
-    with pytest.raises(UsageError, match="constant, cosine or linear"):
-        train.learning_rate(config, 50)
+    with pytest.raises(UsageError, match="--schedule never: choose constant, cosine, linear"):
+        flags.parse(train.Config, ["--schedule", "never"])
 
 
 def test_flags_follow_the_names_people_type():

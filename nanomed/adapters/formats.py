@@ -53,7 +53,8 @@ def save_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
     Ranks, alphas and targets stand in the header under "lora_adapter_metadata". Readers that do not know it (older
     versions of diffusers) take the rank for alpha: for those train with alpha = rank, or write kohya's format.
     """
-    tensors, settings = {}, {}
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, object] = {}
     for part, module in modules.items():
         tensors |= {f"{part}.{name}": tensor for name, tensor in state(module).items()}
         settings |= {f"{part}.{key}": value for key, value in config(module).items()}
@@ -287,7 +288,7 @@ def _load(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -
 def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], settings: dict) -> tuple:
     """Judge the tensors of one layer; what `attach` takes."""
     expect_adaptable(where, layer)
-    weight = layer.weight
+    weight = layer.get_parameter("weight")
     if not {"A", "B"} <= slots.keys():
         raise WeightsError(f"{where} has {' and '.join(sorted(slots))}, but an adapter is A and B at least")
     a, b = slots["A"], slots["B"]

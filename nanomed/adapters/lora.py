@@ -63,7 +63,7 @@ def inject(
         expect_adaptable(name, layer)
     if unused:
         warnings.warn(f"LoRA targets that no layer has: {', '.join(unused)}; {_endings(module)}", stacklevel=2)
-    ranks = {name: by_pattern(rank_pattern, name, rank) for name in chosen}
+    ranks = {name: int(by_pattern(rank_pattern, name, rank)) for name in chosen}
     if bad := [name for name, r in ranks.items() if r < 1]:
         raise ValueError(f"rank {ranks[bad[0]]} of {bad[0]}: a rank is at least 1")
     module.requires_grad_(False)
@@ -130,7 +130,7 @@ def fold(module: nn.Module) -> None:
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, Adapted)}
+    found: dict[str, nn.Module] = {name: each for name, each in module.named_modules() if isinstance(each, Adapted)}  # type: ignore[misc]
     if not found:
         raise ValueError(f"this {type(module).__name__} has no adapter: inject or load one first")
     return found

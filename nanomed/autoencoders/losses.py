@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomed import weights
+
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of images (B, C, H, W) in [0, 1]; returns (B,).
@@ -61,3 +63,10 @@ class VGGDistance(nn.Module):
                 of_a, of_b = unit.chunk(2)
                 total = total + (of_a - of_b).square().sum(1).mean((1, 2))
         return total
+
+
+def load_vgg(folder: str | None = None) -> VGGDistance:
+    """The distance with torchvision's vgg16-397923af.pth, frozen. Raises WeightsNotFound, a FileNotFoundError."""
+    found = weights.find("vgg16-397923af.pth", folder)
+    tensors = weights.read_pickle(found, prefix="features.")
+    return weights.load(weights.build(VGGDistance), tensors).requires_grad_(False)

@@ -7,11 +7,13 @@ is in the file, but neither Kandinsky quantises. Parameter names are the publish
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomed import weights
 from nanomed.layers.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
 
 EPS = 1e-6
@@ -155,3 +157,13 @@ class MoVQ(nn.Module):
         """Images (B, 3, 8 h, 8 w), nominally in [-1, 1] and not clamped. The norms are fed by the latent itself, not
         by what `post_quant_conv` makes of it."""
         return self.decoder(self.post_quant_conv(latents), latents)
+
+
+KNOWN = dict(norm_type="spatial", act_fn="silu", lookup_from_codebook=False)
+
+
+def load_movq(path: str | Path, dtype: torch.dtype | None = None) -> MoVQ:
+    """The autoencoder of a folder with `config.json` and its weights. dtype: convert to it while reading; None keeps
+    the file's. Raises WeightsError where a file is missing, damaged or of another autoencoder."""
+    movq = weights.build(MoVQ, **weights.arguments(path, MoVQ, KNOWN))
+    return weights.load(movq, weights.read(path, "diffusion_pytorch_model", dtype=dtype)).eval()

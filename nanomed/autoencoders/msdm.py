@@ -4,6 +4,8 @@ Chaichuk & Tutubalina 2024, section 4.2; parameter names are the released ones. 
 (B, 8, 32, 32); 13,365,094 parameters. Blocks: convolution -> GroupNorm(8) -> SiLU, in residual pairs, no attention.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,6 +116,18 @@ class MSDMVAE(nn.Module):
             h = encoder(h)
         mean, logvar = self.out_enc(h).chunk(2, dim=1)
         return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)
+
+    def standardise(self, image_batches: Iterable[Tensor]) -> float:
+        """Measure the standard deviation of the latents of images, and make `scale` its inverse; returns it."""
+        total = squares = count = 0.0
+        for images in image_batches:
+            mean, logvar = self.moments(images).double().chunk(2, dim=1)
+            total += mean.sum().item()
+            squares += (mean**2 + logvar.exp()).sum().item()  # E z^2 of z ~ N(mean, var)
+            count += mean.numel()
+        deviation = (squares / count - (total / count) ** 2) ** 0.5
+        self.scale = 1 / deviation
+        return deviation
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents from moments: a draw with the given standard normal noise, else the mean."""

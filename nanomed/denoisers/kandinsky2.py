@@ -7,11 +7,13 @@ embedding is all that the two share, so each is trained alone. Parameter names a
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomed import weights
 from nanomed.layers.blocks import (
     Attention,
     FeedForward,
@@ -19,6 +21,7 @@ from nanomed.layers.blocks import (
     ResnetBlock,
     TimestepEmbedding,
     group_norm,
+    longest,
     sinusoid,
 )
 
@@ -109,8 +112,8 @@ class PriorTransformer(nn.Module):
 def shortest(*conditions: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The text fields of conditions as a `PriorTransformer` takes them, without the padding that none of them needs: a
     quarter of the tokens for prompts of a sentence, and the same result."""
-    longest = max(int(cond["text_mask"].sum(1).max()) for cond in conditions)
-    cut = {"text_states": slice(longest), "text_embeds": slice(None), "text_mask": slice(longest)}
+    last = max(longest(cond["text_mask"]) for cond in conditions)
+    cut = {"text_states": slice(last), "text_embeds": slice(None), "text_mask": slice(last)}
     return [{name: cond[name][:, part] for name, part in cut.items()} for cond in conditions]
 
 
@@ -247,3 +250,25 @@ class DecoderUNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, time)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+PRIOR = dict(norm_in_type=None, embedding_proj_norm_type=None, encoder_hid_proj_type="linear", added_emb_type="prd",
+             time_embed_act_fn="silu")  # fmt: skip
+UNET = dict(resnet_time_scale_shift="scale_shift", encoder_hid_dim_type="image_proj", act_fn="silu",
+            addition_embed_type="image", mid_block_type="UNetMidBlock2DSimpleCrossAttn", flip_sin_to_cos=True,
+            freq_shift=0, time_embedding_type="positional", class_embed_type=None)  # fmt: skip
+
+
+def load_prior(path: str | Path, dtype: torch.dtype | None = None) -> PriorTransformer:
+    """The prior of a folder with `config.json` and its weights. dtype: convert to it while reading; None keeps the
+    file's. Raises WeightsError where a file is missing, damaged or of another prior."""
+    prior = weights.build(PriorTransformer, **weights.arguments(path, PriorTransformer, PRIOR))
+    return weights.load(prior, weights.read(path, "diffusion_pytorch_model", dtype=dtype)).eval()
+
+
+def load_decoder(path: str | Path, dtype: torch.dtype | None = None) -> DecoderUNet:
+    """The decoder's U-Net, likewise."""
+    unet = weights.build(DecoderUNet, **weights.arguments(path, DecoderUNet, UNET))
+    return weights.load(unet, weights.read(path, "diffusion_pytorch_model", dtype=dtype)).eval()

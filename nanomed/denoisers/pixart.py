@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
-from nanomed.layers.blocks import Attention, FeedForward, TimestepEmbedding, sinusoid
+from nanomed.layers.blocks import Attention, FeedForward, TimestepEmbedding, longest, sinusoid
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,10 @@ class PixArtTransformer(nn.Module):
         (B, blocks, 2, l, D), keys and values, and `attention_mask` (B, l) of forward. l is the longest text of the
         batch: nothing sees what stands behind it, so it is left out. What guidance puts together must be read together.
         """
-        mask = attention_mask.bool()
-        seen = mask.any(0).nonzero()  # (places, 1)
-        longest = int(seen[-1]) + 1 if len(seen) else 1
-        text = self.caption_projection(prompt_embeds[:, :longest])  # (B, l, D)
+        mask, last = attention_mask.bool(), longest(attention_mask)
+        text = self.caption_projection(prompt_embeds[:, :last])  # (B, l, D)
         kv = [torch.stack([block.attn2.to_k(text), block.attn2.to_v(text)], 1) for block in self.transformer_blocks]
-        return {"kv": torch.stack(kv, dim=1), "attention_mask": mask[:, :longest]}
+        return {"kv": torch.stack(kv, dim=1), "attention_mask": mask[:, :last]}
 
     def forward(
         self,

@@ -55,6 +55,7 @@ class Diffusion:
         with torch.device("cpu"):  # a system that is built on the meta device has its schedule all the same
             self.betas = self._betas().float()  # rounded before the product, as every published scheduler does
             self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        self.abars: list[float] = self.alphas_cumprod.tolist()  # for the samplers' arithmetic, which is the host's
         self._on_device: dict[torch.device, Tensor] = {}
 
     @classmethod
@@ -128,7 +129,7 @@ class Diffusion:
     def abar(self, t: Tensor | int, like: Tensor) -> Tensor | float:
         """abar_t, shaped to multiply `like` (B, ...); a float for an int t."""
         if isinstance(t, int):
-            return self.alphas_cumprod[t].item()
+            return self.abars[t]
         if t.device not in self._on_device:
             self._on_device[t.device] = self.alphas_cumprod.to(t.device)
         return self._on_device[t.device][t].view(-1, *[1] * (like.ndim - 1))
@@ -167,7 +168,7 @@ class Diffusion:
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio abar / (1 - abar), (B,)."""
-        abar = self.abar(t, t)
+        abar = torch.as_tensor(self.abar(t, t))
         return abar / (1 - abar)
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:

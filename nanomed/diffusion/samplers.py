@@ -32,7 +32,7 @@ def _at(t: int, x: Tensor) -> Tensor:
 
 def _alphas(diffusion: Diffusion, grid: list[int]) -> list[float]:
     """abar at each timestep of the grid and then after the last step, as floats."""
-    return [diffusion.alphas_cumprod[t].item() for t in grid] + [diffusion.final_alpha]
+    return [diffusion.abars[t] for t in grid] + [diffusion.final_alpha]
 
 
 def ddim(
@@ -154,6 +154,6 @@ def pndm(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise: N
     for t, (a, b) in list(zip(grid, pairwise(alphas)))[1:]:
         history = [epsilon_at(x, t), *history[:3]]
         weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-        mixed = sum(w * e for w, e in zip(weights[len(history)], history))
+        mixed = torch.as_tensor(sum(w * e for w, e in zip(weights[len(history)], history)))
         x = transfer(x, mixed, a, b)
     return x

@@ -75,7 +75,8 @@ class Remembered:
     """
 
     def __init__(self, encode: Callable[[list[str]], dict[str, Tensor]], chunk: int = 32):
-        self.encode, self.chunk, self.rows = encode, chunk, {}
+        self.encode, self.chunk = encode, chunk
+        self.rows: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.rows]

@@ -2,6 +2,7 @@
 one of an image a function of (seed, row)."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,13 @@ def seed_of(*key: int | str) -> int:
     """A 63-bit seed from a key, the same on every machine and version."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_all(*key: int | str) -> None:
+    """Seed PyTorch and Python from a key: all the randomness of a pass. What only the host decides comes from Python's
+    `random`, for asking a tensor would wait for the device."""
+    torch.manual_seed(seed_of(*key))
+    random.seed(seed_of(*key))
 
 
 class ImageNoise:

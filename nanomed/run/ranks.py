@@ -1,18 +1,19 @@
 """The processes of a run and what they do together. One process is the case `ALONE`, and no caller asks which it is.
 
-    ranks = Ranks.join()                       under torchrun all of its processes, else this one
-    for rows in ranks.share(batches): ...      every rank a part
-    if ranks.first: ...                        files and messages; nothing that all ranks must reach may stand here
+ranks = Ranks.join()                       under torchrun all of its processes, else this one
+for rows in ranks.share(batches): ...      every rank a part
+if ranks.first: ...                        files and messages; nothing that all ranks must reach may stand here
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -60,17 +61,23 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def average_gradients(self, params: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
-        """Replace every gradient by its mean over the ranks, in flat buckets."""
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module as it is to be called in training: its gradients are the means over the ranks once the backward
+        pass has ended (DistributedDataParallel, which sends them while it runs). Alone it is the module itself.
+
+        Parameters without a gradient are allowed. The ranks have made the same weights from the same seeds, so none are
+        sent at the start; those that are in shares could not be.
+        """
         if self.world == 1:
-            return
-        params = [p for p in params if p.requires_grad]
-        for param in params:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        for param in params:
-            dist.all_reduce(param.grad)
-            param.grad /= self.world
+            return module
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
+        return nn.parallel.DistributedDataParallel(
+            module,
+            process_group=dist.new_group(),  # of its own: parts in shares send at the same time, in another order
+            init_sync=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
 
     def mean(self, value: float, count: int) -> float:
         """The mean of `value`, each rank's weighted by its `count`."""

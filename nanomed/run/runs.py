@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from nanomed.run import files
 from nanomed.run.flags import UsageError
@@ -126,6 +127,11 @@ class Run:
         if self.ranks.first:
             files.write_json(self.folder / "state.json", self.state)
 
+    def say(self, line: str) -> None:
+        """A line for the terminal, of one process."""
+        if line and self.ranks.first:
+            tqdm.write(line)
+
     def log(self, **values) -> None:
         """Append one line to log.jsonl."""
         if self.ranks.first:
@@ -146,42 +152,36 @@ class Run:
                 found.append(folder)
         return sorted(found, key=lambda folder: int(CHECKPOINT.match(folder.name)["step"]))
 
-    def save(
-        self,
-        stage: str,
-        step: int,
-        params: dict,
-        optimizer: torch.optim.Optimizer,
-        average: dict[str, torch.Tensor] | None,
-        state: dict,
-    ) -> Path:
-        """Write a checkpoint: temporary folder, flushed, renamed; state.json in it is written last."""
+    def save(self, stage: str, step: int, descent, state: dict) -> Path:
+        """Write a checkpoint: temporary folder, flushed, renamed; state.json in it is written last.
+
+        descent   the weights in training with all of their state (training/optimizer.py)
+        """
         folder = self.folder / "checkpoints" / f"{stage}-step-{step:06d}"
         if self.ranks.first and not folder.exists():
-            names = {param: name for name, param in params.items()}
+            names = {param: name for name, param in descent.params.items()}
             moments = {
                 f"{names[param]}/{key}": value
-                for param, values in optimizer.state.items()
+                for param, values in descent.optimizer.state.items()
                 for key, value in values.items()
             }
             with files.atomic(folder) as temporary:
-                files.write_tensors(temporary / "model.safetensors", dict(params))
+                files.write_tensors(temporary / "model.safetensors", dict(descent.params))
                 files.write_tensors(temporary / "optimizer.safetensors", moments)
-                if average:
-                    files.write_tensors(temporary / "ema.safetensors", average)
+                if descent.average:
+                    files.write_tensors(temporary / "ema.safetensors", descent.average.average)
                 sums = {path.name: files.sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-                files.write_json(temporary / "state.json", state | {"step": step, "sha256": sums})
+                state = state | descent.state() | {"step": step, "sha256": sums}
+                files.write_json(temporary / "state.json", state)
         self.ranks.barrier()
         return folder
 
-    def restore(
-        self, stage: str, params: dict, optimizer: torch.optim.Optimizer, average: dict | None
-    ) -> dict | None:
-        """Load the newest whole checkpoint of a stage into parameters, optimizer and averages; its state, or None."""
+    def restore(self, stage: str, descent) -> dict | None:
+        """Load the newest whole checkpoint of a stage into the weights in training; its state, or None."""
         found = self.checkpoints(stage)
         if not found:
             return None
-        folder = found[-1]
+        folder, params, optimizer = found[-1], descent.params, descent.optimizer
         state = _read(folder / "state.json")
         for name, digest in state["sha256"].items():
             if files.sha256(folder / name) != digest:
@@ -189,14 +189,15 @@ class Run:
         with torch.no_grad():
             for name, tensor in load_file(folder / "model.safetensors").items():
                 params[name].copy_(tensor)
-            if average:
+            if descent.average:
                 for name, tensor in load_file(folder / "ema.safetensors").items():
-                    average[name].copy_(tensor)
+                    descent.average.average[name].copy_(tensor)
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)
             if value.shape == params[name].shape and entry != "step":  # moments lie in memory as their parameter does
                 value = torch.empty_like(params[name]).copy_(value)
             optimizer.state[params[name]][entry] = value.to(params[name].device)
+        descent.load(state)
         return state
 
     def prune(self, stage: str, keep: int, best: int | None) -> None:
@@ -215,6 +216,19 @@ class Run:
         folder = self.folder / "checkpoints" / f"{stage}-step-{step:06d}"
         averaged = folder / "ema.safetensors"
         return load_file(averaged if averaged.is_file() else folder / "model.safetensors")
+
+    def take_best(self, stage: str, step: int, params: dict[str, torch.Tensor]) -> None:
+        """Make the weights of a checkpoint those of the network."""
+        with torch.no_grad():
+            for name, tensor in self.weights_of(stage, step).items():
+                params[name].copy_(tensor)
+
+    def finish(self, results: dict) -> None:
+        """Write the model card, and that the run is done."""
+        if self.ranks.first:
+            config = _read(self.folder / "config.json")
+            files.write_text(self.folder / "README.md", model_card(config, results))
+        self.update(status="done")
 
 
 def _tensorboard(folder: Path):

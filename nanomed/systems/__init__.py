@@ -14,17 +14,25 @@ if TYPE_CHECKING:
 
     from nanomed.systems.base import System
 
-FILES = {  # preset -> file in this folder
-    "msdm": "msdm", "msdm-tiny": "msdm", "msdm-tiny-64": "msdm", "pixart": "pixart", "medart": "medart",
-    "medart-skin": "medart", "medart-tiny": "medart", "kandinsky2": "kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny",
+FILES = {  # preset -> file in this folder and class in it
+    "msdm": "msdm.MSDM", "msdm-tiny": "msdm.MSDM", "msdm-tiny-64": "msdm.MSDM",
+    "pixart": "pixart.PixArt",
+    "medart": "medart.MedArt", "medart-skin": "medart.MedArt", "medart-tiny": "medart.MedArt",
+    "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny.Kandinsky2Tiny",
 }  # fmt: skip
 PUBLISHED = ("pixart", "kandinsky2")  # presets that `load` also reads as they were published
 
 
 def _file(preset: str) -> ModuleType:
+    from nanomed.run.flags import UsageError
+
     if preset not in FILES:
-        raise ValueError(f"no model named {preset!r}: choose one of {', '.join(FILES)}")
-    return importlib.import_module(f"nanomed.systems.{FILES[preset]}")
+        raise UsageError(f"--model {preset}: choose one of {', '.join(FILES)}")
+    return importlib.import_module(f"nanomed.systems.{FILES[preset].split('.')[0]}")
+
+
+def _class(preset: str) -> "type[System]":
+    return getattr(_file(preset), FILES[preset].split(".")[1])
 
 
 def build(preset: str, weights: str | None = None, random: bool = False, **options) -> "System":
@@ -32,17 +40,22 @@ def build(preset: str, weights: str | None = None, random: bool = False, **optio
 
     `random` leaves the published parts untrained too, for dry runs and benchmarks; `options` override the preset.
     """
-    return _file(preset).build(preset, weights, random, **options)
+    return _class(preset).build(weights, random, **_file(preset).PRESETS[preset] | options)
 
 
 def recipe(preset: str, stage: str = "") -> dict:
-    """Training settings of a preset: of one stage, or ("") those common to all."""
+    """Training settings of a preset: of one stage, or ("") those common to all, and what its system sets by itself."""
     return _file(preset).RECIPES[preset].get(stage, {})
 
 
-def flags(preset: str) -> tuple[str, ...]:
-    """The flags of train.py that are settings of a preset's system, not of its training."""
-    return _file(preset).FLAGS
+def options(preset: str) -> tuple[type, ...]:
+    """The dataclasses of train.py's flags that only this preset's system has."""
+    return _file(preset).OPTIONS
+
+
+def settings(preset: str) -> dict:
+    """What the preset's constructor takes by name, with the values that hold when nothing is said."""
+    return _class(preset).settings() | _file(preset).PRESETS[preset]
 
 
 def load(
@@ -54,14 +67,13 @@ def load(
     """Read a trained system: a run folder, a folder that `System.save` wrote, or a name under `weights/`; or a
     published one by the name of its preset.
 
-    `weights` is where published files are looked for besides the usual places (see nanomed/weights.py).
+    `weights` is where published files are looked for besides the usual places (see nanomed/weights/places.py).
     """
     from nanomed import weights as files
     from nanomed.run import runs
-    from nanomed.systems.base import read_config
+    from nanomed.systems.assembly import read_config
 
     if name in PUBLISHED:
-        return _file(name).load_published(weights, dtype).to(device)
+        return _class(str(name)).published(weights, dtype).to(device)
     folder = runs.model_folder(name) if runs.is_run(name) else files.find(str(name), weights)
-    kind = read_config(folder)["system"]
-    return _file(kind).load(folder, weights, dtype).to(device)
+    return _class(read_config(folder)["system"]).saved(folder, weights, dtype).to(device)

@@ -1,52 +1,110 @@
-"""What every system is: parts with published names, stages that train some of them, and four verbs."""
+"""What every system is: stages that train some of its parts, four verbs, and what most share, noise in latents.
 
-import json
+A system's own file says what its paper says: presets, loss, sampling.
+"""
+
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed import weights
-from nanomed.adapters import formats, lora
-from nanomed.diffusion.process import Cond
-from nanomed.run import files
+from nanomed.adapters import lora
+from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
+from nanomed.systems.arithmetic import held
+from nanomed.systems.assembly import Assembled
 
 
-class System(nn.Module):
-    """A text-to-image system. Its parts are plain attributes (`vae`, `unet`, `text_encoder`, ...).
+@dataclass
+class Reading:
+    """options of models that learn to read from nothing"""
 
-    stages    name of a stage -> the parts it trains, in the order of the paper
-    size      the side of its images in pixels
-    dropout   the share of training prompts replaced by ""
-    jitter    whether the random crops that it trains on have their colours changed, too
-    pad       whether images that are not square get a black border, in place of being cropped
-    adapters  part -> the layers of it that an adapter takes hold of (lora.py's `targets`)
-    in_order  whether a stage builds on what the ones before it have trained
-    base      the published repository that the weights below its adapters come from, if they do
+    join: Annotated[int, ">= 1"] = 1  # up to this many prompts of an image in one, drawn anew every time
+    places: Annotated[float, "0 .. 1"] = 0.0  # share of samples whose prompt says where something is, beyond chance
+    places_first: Annotated[int, ">= 0"] = 0  # steps at the start, in which that share is all of them
+
+
+@dataclass
+class Weighting:
+    """options of the loss on noise"""
+
+    snr_gamma: Annotated[float, ">= 0"] = 0.0  # min-SNR weighting; 0 = off
+
+
+class System(Assembled):
+    """A text-to-image system, in the latents of an autoencoder.
+
+    size        the side of its images in pixels
+    dropout     the share of training prompts replaced by ""
+    jitter      whether the random crops that it trains on have their colours changed, too
+    pad         whether images that are not square get a black border, in place of being cropped
+    in_order    whether a stage builds on what the ones before it have trained
+    latent_shape of the latents of its images, (C, h, w)
+    text_shape  of a prompt's states, (L, D)
+    text_fields what `encode_text` gives, by name
+    trimmed     those of them that a batch may have cut behind its longest text, the mask first
+    diffusion   the noise that it trains on
+    snr_gamma   min-SNR weighting of the training loss; 0 = none
     """
 
-    stages: dict[str, tuple[str, ...]]
     size: int
     dropout: float = 0.0
     jitter: bool = True
     pad: bool = False
-    adapters: dict[str, tuple[str, ...]] = {}
     in_order: bool = True
-    base: str = ""
+    latent_shape: tuple[int, int, int]
+    text_shape: tuple[int, int]
+    text_fields: tuple[str, ...] = ("prompt_embeds", "attention_mask")
+    trimmed: tuple[str, ...] = ()
+    diffusion: Diffusion
+    snr_gamma: float = 0.0
+
+    # ----------------------------------------------------------------------------------------------- the four verbs
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Prompts to the conditions of the denoiser, batch first."""
         raise NotImplementedError
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """The training loss of a stage: {"loss": scalar, and whatever is worth a column in the log}."""
+        """The training loss of a stage: {"loss": scalar, and whatever is worth a column in the log}. Asks no tensor for
+        its value: a step does not wait for the device."""
         raise NotImplementedError
 
     def sample(self, prompts: list[str], noise, steps: int | None = None, guidance: float | None = None, **options):
         """Images (B, 3, H, W) in [0, 1]; every random number comes from `noise`, in drawing order."""
         raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------- latents, text and the loss
+
+    def image_moments(self, images: Tensor) -> dict[str, Tensor]:
+        """What the frozen VAE makes of images (B, 3, H, W) in [-1, 1]: moments, from which latents are drawn afresh."""
+        return {"moments": self.vae.moments(images.to(_where(self.vae))).float()}
+
+    def latents(self, batch: dict) -> Tensor:
+        """x_0 of a training batch, which holds "image" or its cached "moments": a fresh draw in every step."""
+        moments = batch["moments"] if "moments" in batch else self.image_moments(batch["image"])["moments"]
+        moments = moments.to(self.device)
+        return self.vae.latents(moments, torch.randn(moments.chunk(2, 1)[0].shape, device=moments.device))
+
+    def text(self, batch: dict) -> Cond:
+        """The conditions of a training batch, which holds "prompt" or the fields cached of it."""
+        if self.text_fields[0] in batch:
+            return {name: batch[name] for name in self.text_fields}
+        return self.encode_text(batch["prompt"])
+
+    def denoising_loss(self, predict: Denoise, x0: Tensor, distance: Callable = F.mse_loss) -> Tensor:
+        """The distance between what `predict` says of x_t and what it should, at uniform timesteps; a scalar."""
+        t = torch.randint(self.diffusion.length, (len(x0),), device=x0.device)
+        noise = torch.randn(x0.shape, device=x0.device)
+        prediction = predict(self.diffusion.noised(x0, t, noise), t).float()
+        loss = distance(prediction, self.diffusion.target(x0, t, noise), reduction="none").flatten(1).mean(1)  # (B,)
+        if self.snr_gamma:
+            loss = loss * self.diffusion.min_snr_weight(t, self.snr_gamma)
+        return loss.mean()
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         """What may be computed once in a stage: {"image": (part, images -> fields), "text": (part, prompts -> fields)}.
@@ -54,7 +112,22 @@ class System(nn.Module):
         The fields are entries of a training batch that `forward` takes in place of "image" or "prompt". A part that
         trains is never here.
         """
-        return {}
+        if not self.uses_text(stage):
+            return {}
+        fields = {"image": ("vae", self.image_moments)}
+        if "text_encoder" not in self.stages[stage]:
+            fields["text"] = ("text_encoder", self.encode_text)
+        return fields
+
+    def to_unit(self, images: Tensor) -> Tensor:
+        """Decoded images to [0, 1]."""
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] through the autoencoder and back, by the mean of their latents."""
+        return self.vae.decode(self.vae.encode(images))
+
+    # --------------------------------------------------------------------------------- what a system may say besides
 
     def uses_text(self, stage: str) -> bool:
         """Whether a stage trains on (image, prompt) pairs and can be sampled; an autoencoder's sees images alone."""
@@ -62,26 +135,48 @@ class System(nn.Module):
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
-        raise NotImplementedError
+        if not self.uses_text(stage):
+            return {"image": torch.rand(batch, 3, self.size, self.size, device=device) * 2 - 1}
+        prompts = {"prompt": ["An endoscopic image of a polyp."] * batch}
+        moments = torch.randn(batch, 2 * self.latent_shape[0], *self.latent_shape[1:], device=device)
+        if "text" not in self.frozen(stage):
+            return prompts | {"moments": moments}
+        states, mask = torch.randn(batch, *self.text_shape, device=device), torch.ones(batch, self.text_shape[0]) > 0
+        return prompts | {"moments": moments, "prompt_embeds": states, "attention_mask": mask.to(device)}
 
     def load_optional(self, stage: str, folder: str | None) -> str:
         """Look for files that a stage can use and can do without; returns a line that says what is left out, or ""."""
         return ""
 
-    def offload(self, part: str) -> None:
-        """Called when all that a frozen part makes of the data's texts is on disk; a large one may leave the device."""
+    def activations(self, stage: str, batch: int) -> dict[str, float]:
+        """Bytes that autograd holds in the steps of a stage, {kind of step: bytes}, by shapes alone."""
+        (step,) = held(self, lambda: self(self.example(stage, batch, self.device), stage, 1))
+        return {"a step": step}
 
-    def memory(self, stage: str, batch: int) -> dict[str, float]:
-        """What a stage needs on a device in GB, part by part and "in all", where a system can tell without trying."""
-        return {}
-
-    def finish(self, stage: str, image_batches) -> dict[str, float]:
+    def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
         """Called once when a stage has ended, with batches of training images; returns what it measured."""
         return {}
 
     def resume(self, stage: str, folder: str | Path) -> None:
         """Take over what a finished stage left in `folder`: the parts it trained and what `finish` measured."""
         self.read_parts(folder, parts=self.stages[stage])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.get_submodule(self.denoiser).parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.get_submodule(self.denoiser).parameters()).dtype
+
+    def each_once(self, prompts: list[str], encode: Callable[[list[str]], Cond]) -> Cond:
+        """Every distinct prompt encoded once, and their rows in the order of the prompts, on the system's device (a
+        text encoder may live elsewhere)."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(self.device)
+        return {name: tensor.to(self.device)[rows] for name, tensor in encode(distinct).items()}
+
+    # ------------------------------------------------------------------------------------------------------ training
 
     def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
         """Put a fresh adapter on every part of a stage; from now on `trainable` means the adapters of these parts."""
@@ -97,8 +192,8 @@ class System(nn.Module):
             module = self.get_submodule(part).train()
             for param in lora.parameters(module) if lora.adapted(module) else module.parameters():
                 param.requires_grad_(True)
-        named = {f"{part}.{name}": p for part in self.stages[stage] for name, p in
-                 self.get_submodule(part).named_parameters()}  # fmt: skip
+        named = {f"{part}.{name}": param for part in self.stages[stage]
+                 for name, param in self.get_submodule(part).named_parameters()}  # fmt: skip
         return {name: param for name, param in named.items() if param.requires_grad}
 
     def fold(self) -> None:
@@ -107,51 +202,7 @@ class System(nn.Module):
             if lora.adapted(self.get_submodule(part)):
                 lora.fold(self.get_submodule(part))
 
-    # -------------------------------------------------------------------------------------------------- folders
 
-    def config(self) -> dict:
-        """Everything but the weights, as JSON: what the constructor takes."""
-        raise NotImplementedError
-
-    def saved_parts(self) -> dict[str, str]:
-        """Part -> the stem of its file. A frozen part that has its own published file is not saved again."""
-        raise NotImplementedError
-
-    def adapter_folder(self, part: str) -> str:
-        """Where the adapter of a part lies in a saved system, as a PEFT folder."""
-        return f"{part}_lora"
-
-    def save(self, folder: str | Path, parts: Iterable[str] = ()) -> None:
-        """Write `system.json` and one folder for each of the given parts, or all, as published systems are laid out:
-        its weights, or its adapter alone where it has one. `system.json` comes last."""
-        folder = Path(folder)
-        for part, module in self.named_children():
-            if parts and part not in parts:
-                continue
-            if lora.adapted(module):
-                formats.save_peft(folder / self.adapter_folder(part), module, self.base)
-            elif part in self.saved_parts():
-                path = folder / part / f"{self.saved_parts()[part]}.safetensors"
-                files.write_tensors(path, dict(module.state_dict()))
-        files.write_json(folder / "system.json", self.config())
-
-    def read_parts(self, folder: str | Path, dtype: torch.dtype | None = None, parts: Iterable[str] = ()) -> None:
-        """Load the given parts, or all, from where `save` wrote them, strictly; adapters come on top."""
-        folder = Path(folder)
-        for part, module in list(self.named_children()):
-            if parts and part not in parts:
-                continue
-            stem, adapter = self.saved_parts().get(part), folder / self.adapter_folder(part)
-            adapted = part in self.adapters and (adapter / "adapter_config.json").is_file()
-            if stem and ((folder / part / f"{stem}.safetensors").is_file() or not adapted):
-                weights.load(module, weights.read(folder / part, stem=stem, dtype=dtype))
-            if adapted:
-                formats.load_peft(adapter, module)
-
-
-def read_config(folder: str | Path) -> dict:
-    """The `system.json` of a saved system."""
-    path = Path(folder) / "system.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: this is not a folder that train.py has saved a system in")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _where(module: nn.Module) -> Tensor:
+    """A weight of a module, for `tensor.to`: its device and dtype."""
+    return next(module.parameters())

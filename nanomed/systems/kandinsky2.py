@@ -11,33 +11,53 @@ needs the other, so the paper tunes them in turns: decoder, ranks of the prior, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from nanomed.adapters import lora
-from nanomed.denoisers.kandinsky2 import shortest
+from nanomed.autoencoders.movq import MoVQ, load_movq
+from nanomed.denoisers.kandinsky2 import DecoderUNet, PriorTransformer, load_decoder, load_prior, shortest
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.diffusion.samplers import Noise
 from nanomed.run import files
 from nanomed.run.flags import UsageError
-from nanomed.systems import kandinsky2_parts
-from nanomed.systems.base import System, read_config
-from nanomed.systems.kandinsky2_parts import DECODER, PARTS, PRIOR
-from nanomed.text.clip_vision import preprocess
+from nanomed.systems.assembly import TRANSFORMERS, Found, Part
+from nanomed.systems.base import System, Weighting
+from nanomed.text import clip, clip_vision
+from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
+from nanomed.text.clip_vision import ClipVision, ClipVisionConfig, load_clip_vision, preprocess
 from nanomed.text.tokenizers import ClipTokenizer
 
+PRIOR, DECODER = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"
 PRESETS = {"kandinsky2": dict(size=256)}
 RECIPES = {
     "kandinsky2": {  # of the released scripts, and 100 epochs of each stage
         "": dict(data="toy", augment=False, views=1, epochs=100.0, batch=64, lr=1e-4, clip=1.0, ema=0.0, rank=128),
     },
 }
-FLAGS = ("size", "snr_gamma", "released")
+# Their noise where no file says it: a squared cosine and x_0 within 10, a line and x_0 within 1.
+SCHEDULES = (
+    Diffusion(schedule="squaredcos", prediction="sample", spacing="unclip", clip=10.0),
+    Diffusion(0.00085, 0.012, spacing="leading", offset=1, clip=1.0),
+)
+
+
+@dataclass
+class Options:
+    """options of Kandinsky 2.2"""
+
+    released: bool = False  # the prior's loss as released, on the decoder's noise schedule
+
+
+OPTIONS = (Options, Weighting)  # of train.py for these presets
 
 
 class Kandinsky2(System):
@@ -48,18 +68,30 @@ class Kandinsky2(System):
     released    train the prior as the released script does: on the decoder's noise schedule, with the weight of an
                 epsilon-prediction for what is an x_0-prediction
     pad         images that are not square are padded with black, for CLIP's eye too, instead of cropped
-    published   the parts are those of the published repositories: only adapters are trained and saved
     """
 
+    name = "kandinsky2"
+    parts = {
+        "prior": Part(PriorTransformer, load_prior, source=PRIOR),
+        "unet": Part(DecoderUNet, load_decoder, source=DECODER),
+        "movq": Part(MoVQ, load_movq, source=DECODER),
+        "text_encoder": Part(lambda **c: ClipText(ClipTextConfig(**c) if c else clip.BIG_G, projection=True),
+                             partial(load_clip_text, projection=True), TRANSFORMERS, PRIOR),
+        "image_encoder": Part(lambda **c: ClipVision(ClipVisionConfig(**c) if c else clip_vision.BIG_G),
+                              load_clip_vision, TRANSFORMERS, PRIOR),
+    }  # fmt: skip
+    tokenizers = {"tokenizer": (ClipTokenizer.from_folder, PRIOR)}
+    denoiser = "unet"
     stages = {"prior": ("prior",), "decoder": ("unet",)}
     adapters = {"prior": lora.ATTENTION, "unet": lora.ATTENTION}
+    text_fields = ("text_states", "text_embeds", "text_mask")
+    trimmed = ("text_mask", "text_states")
     in_order = False
 
     def __init__(
         self,
-        tokenizer: ClipTokenizer | None,
-        parts: dict[str, torch.nn.Module],
-        schedules: tuple[Diffusion, Diffusion],
+        found: Found,
+        *,
         size: int = 256,
         steps: int = 150,
         prior_steps: int = 25,
@@ -69,27 +101,35 @@ class Kandinsky2(System):
         released: bool = False,
         pad: bool = True,
         dropout: float = 0.0,
-        published: bool = True,
+        schedules: tuple[Diffusion, Diffusion] = SCHEDULES,
     ):
-        super().__init__()
-        self._config = dict(size=size, steps=steps, prior_steps=prior_steps, guidance=guidance, snr_gamma=snr_gamma,
-                            prior_guidance=prior_guidance, released=released, pad=pad, dropout=dropout)  # fmt: skip
-        for name, value in (self._config | parts).items():
-            setattr(self, name, value)
-        self.tokenizer, self.published, self.base = tokenizer, published, f"{PRIOR}, {DECODER}" if published else ""
+        super().__init__(found)
+        self.size, self.steps, self.prior_steps, self.pad, self.dropout = size, steps, prior_steps, pad, dropout
+        self.guidance, self.prior_guidance = guidance, prior_guidance
+        self.snr_gamma, self.released = snr_gamma, released
         self.prior_diffusion, self.diffusion = schedules
+
+    @classmethod
+    def stated(cls, place: Callable[..., Path]) -> dict:
+        return {"schedules": tuple(Diffusion.from_json(place("scheduler", source)) for source in (PRIOR, DECODER))}
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        return {name: value for name, value in super().settings().items() if name != "schedules"}  # the files' own
 
     # ------------------------------------------------------------------------------------------------ conditions
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """What the prior reads: text_states (B, 77, E) after CLIP's last norm, text_embeds (B, E) pooled and projected,
         text_mask bool (B, 77). The tower itself is given no mask. Each distinct prompt is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        device = next(self.text_encoder.parameters()).device
-        ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.prior.num_embeddings))
-        states = self.text_encoder.features(ids)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
-        return {"text_states": states.last[rows], "text_embeds": states.embeds[rows], "text_mask": mask[rows]}
+
+        def encode(distinct: list[str]) -> Cond:
+            device = next(self.text_encoder.parameters()).device
+            ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.prior.num_embeddings))
+            states = self.text_encoder.features(ids)
+            return {"text_states": states.last, "text_embeds": states.embeds, "text_mask": mask}
+
+        return self.each_once(prompts, encode)
 
     def embed(self, images: Tensor) -> Tensor:
         """CLIP image embeddings (B, E) of images (B, 3, H, W) in [-1, 1], preprocessed as CLIP has them."""
@@ -144,7 +184,7 @@ class Kandinsky2(System):
         return (loss * schedule.min_snr_weight(t, self.snr_gamma)).mean() if self.snr_gamma else loss.mean()
 
     def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
-        if self.published and not lora.adapted(self.get_submodule(self.stages[stage][0])):
+        if not self.shapes and not lora.adapted(self.get_submodule(self.stages[stage][0])):
             raise UsageError(f"--rank 0: stage {stage} trains adapters on the published weights; choose a rank")
         return super().trainable(stage)
 
@@ -160,10 +200,6 @@ class Kandinsky2(System):
         return {"image_embeds": draw(width), **text}
 
     # -------------------------------------------------------------------------------------------------- sampling
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
 
     def sample(
         self,
@@ -186,7 +222,7 @@ class Kandinsky2(System):
         second = self.guidance if guidance is None else guidance
         embeds = self.imagine(prompts, noise, prior_steps or self.prior_steps, first, negative_prompts)
         latents = self.draw(*embeds, noise, steps or self.steps, second, height or self.size, width or self.size)
-        return (self.movq.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+        return self.to_unit(self.movq.decode(latents).float())
 
     def imagine(
         self, prompts: list[str], noise: Noise, steps: int, guidance: float, negative_prompts: list[str] | None = None
@@ -218,37 +254,5 @@ class Kandinsky2(System):
         denoise = whole if learned else lambda x, t: whole(x, t)[:, :channels]
         return samplers.ddpm(denoise, self.diffusion, x, steps, noise)
 
-    # --------------------------------------------------------------------------------------------------- folders
-
-    def config(self) -> dict:
-        return {"system": "kandinsky2", **self._config}
-
-    def saved_parts(self) -> dict[str, str]:
-        return {} if self.published else PARTS
-
     def adapter_folder(self, part: str) -> str:
         return {"unet": "decoder"}.get(part, part)
-
-
-def load_published(weights_folder: str | None = None, dtype: torch.dtype | None = None, **options) -> Kandinsky2:
-    """Kandinsky 2.2 from its two repositories, in `weights_folder` or the usual places; fp32 by default."""
-    return Kandinsky2(*kandinsky2_parts.published(weights_folder, dtype or torch.float32), **options).eval()
-
-
-def build(
-    preset: str, weights_folder: str | None = None, random: bool = False, dtype: torch.dtype | None = None, **options
-) -> Kandinsky2:
-    """Kandinsky 2.2 to be tuned; `random` has the published shapes and zeros for weights (dry runs)."""
-    settings = PRESETS[preset] | options
-    if random:
-        return Kandinsky2(*kandinsky2_parts.zeros(dtype or torch.float32), **settings)
-    return load_published(weights_folder, dtype, **settings)
-
-
-def load(folder: str | Path, weights_folder: str | None = None, dtype: torch.dtype | None = None) -> Kandinsky2:
-    """Read the adapters that `Kandinsky2.save` wrote and fold them into the published weights."""
-    settings = {name: value for name, value in read_config(folder).items() if name != "system"}
-    system = load_published(weights_folder, dtype, **settings)
-    system.read_parts(folder, dtype)
-    system.fold()
-    return system.eval()

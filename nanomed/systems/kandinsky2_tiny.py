@@ -12,6 +12,7 @@ a clamp at 3, and a decoder that predicts v, which learns what the embedding say
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,29 +20,28 @@ from torch import Tensor
 
 from nanomed import weights
 from nanomed.autoencoders.movq import SpatialNorm
-from nanomed.systems.base import read_config
-from nanomed.systems.kandinsky2 import FLAGS, Kandinsky2  # noqa: F401
-from nanomed.systems.kandinsky2_parts import NETWORKS, SCHEDULES
+from nanomed.systems import kandinsky2
+from nanomed.systems.assembly import Found
+from nanomed.systems.base import Reading
+from nanomed.systems.kandinsky2 import SCHEDULES, Kandinsky2
 from nanomed.text.tokenizers import ClipTokenizer
 
 PRESETS = {
     "kandinsky2-tiny": dict(
         size=32, steps=25, prior_steps=10, guidance=2.0, prior_guidance=2.0, dropout=0.1,
-        networks=dict(
-            text_encoder=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                              max_position_embeddings=64, hidden_act="gelu", projection_dim=64),
-            image_encoder=dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-                               image_size=32, patch_size=8, hidden_act="gelu", projection_dim=64),
-            prior=dict(num_attention_heads=4, attention_head_dim=32, num_layers=3, embedding_dim=64, num_embeddings=64),
-            unet=dict(block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=64,
-                      attention_head_dim=32, encoder_hid_dim=64),
-            movq=dict(block_out_channels=(32, 32, 64), layers_per_block=1, num_vq_embeddings=1),
-        ),
+        text_encoder=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                          max_position_embeddings=64, hidden_act="gelu", projection_dim=64),
+        image_encoder=dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+                           image_size=32, patch_size=8, hidden_act="gelu", projection_dim=64),
+        prior=dict(num_attention_heads=4, attention_head_dim=32, num_layers=3, embedding_dim=64, num_embeddings=64),
+        unet=dict(block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=64,
+                  attention_head_dim=32, encoder_hid_dim=64),
+        movq=dict(block_out_channels=(32, 32, 64), layers_per_block=1, num_vq_embeddings=1),
     ),
 }  # fmt: skip
 RECIPES = {
     "kandinsky2-tiny": {
-        "": dict(data="toy:2000", allocator=True, batch=32, schedule="cosine", warmup=20, clip=1.0,
+        "": dict(data="toy:2000", batch=32, schedule="cosine", warmup=20, clip=1.0,
                  test_prompts="weights/msdm-tiny/test.csv"),
         "vae": dict(steps=300, batch=16, lr=2e-3, ema=0.0, save_every=150),
         # the prior is judged by its loss, for there is no decoder yet
@@ -54,20 +54,34 @@ SPREAD = 5.0  # times CLIP's initial deviation of 0.02: the image tower attends 
 TOWERS = ("text_encoder", "image_encoder")
 
 
-class Tiny(Kandinsky2):
-    """Kandinsky 2.2 in small. `networks` holds the shapes of its parts, as their constructors take them."""
+OPTIONS = (*kandinsky2.OPTIONS, Reading)
 
+
+class Kandinsky2Tiny(Kandinsky2):
+    """Kandinsky 2.2 in small, all its parts fresh."""
+
+    name = "kandinsky2-tiny"
     stages = {"vae": ("movq",), **Kandinsky2.stages}
 
-    def __init__(self, tokenizer: ClipTokenizer, networks: dict[str, dict], **settings):
-        parts = {}
-        for name, make in NETWORKS.items():
-            size = {"vocab_size": len(tokenizer)} if name == "text_encoder" else {}
-            parts[name] = make(**networks[name], **size)
-        super().__init__(tokenizer, parts, (SCHEDULES[0], DECODER_SCHEDULE), published=False, **settings)
-        self.networks = networks
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **{"schedules": (SCHEDULES[0], DECODER_SCHEDULE)} | settings)
         for param in self.image_encoder.parameters():
             param.detach().mul_(SPREAD if param.dim() > 1 else 1.0)
+
+    @classmethod
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+        """The vocabulary that is shipped with the tiny MSDM."""
+        return {"tokenizer": ClipTokenizer.from_folder(weights.find("msdm-tiny", weights_folder) / "tokenizer")}
+
+    @classmethod
+    def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
+        text = shapes["text_encoder"] | {"vocab_size": len(tokenizers["tokenizer"])}
+        return shapes | {"text_encoder": text}
+
+    @classmethod
+    def understood(cls, settings: dict) -> dict:
+        """Version 0.1 wrote the shapes under `networks`."""
+        return settings | settings.pop("networks", {})
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         return {} if stage == "vae" else super().frozen(stage)
@@ -107,29 +121,8 @@ class Tiny(Kandinsky2):
             return {"image": torch.rand(batch, 3, self.size, self.size, device=device) * 2 - 1}
         return super().example(stage, batch, device)
 
-    def config(self) -> dict:
-        return super().config() | {"system": "kandinsky2-tiny", "networks": self.networks}
-
     def save(self, folder: str | Path, parts: Iterable[str] = ()) -> None:
-        self.tokenizer.save(Path(folder) / "tokenizer")
         super().save(folder, [*parts, *TOWERS] if parts else ())
 
     def resume(self, stage: str, folder: str | Path) -> None:
         self.read_parts(folder, parts=[*self.stages[stage], *TOWERS])
-
-
-def build(
-    preset: str, weights_folder: str | None = None, random: bool = False, dtype: torch.dtype | None = None, **options
-) -> Tiny:
-    """A miniature with random weights, and the vocabulary that is shipped with the tiny MSDM."""
-    tokenizer = ClipTokenizer.from_folder(weights.find("msdm-tiny", weights_folder) / "tokenizer")
-    return Tiny(tokenizer, **PRESETS[preset] | options)
-
-
-def load(folder: str | Path, weights_folder: str | None = None, dtype: torch.dtype | None = None) -> Tiny:
-    """Read what `Tiny.save` wrote, its adapters folded in."""
-    settings = {name: value for name, value in read_config(folder).items() if name != "system"}
-    system = weights.build(Tiny, ClipTokenizer.from_folder(Path(folder) / "tokenizer"), **settings)
-    system.read_parts(folder, dtype)
-    system.fold()
-    return system.eval()

@@ -8,34 +8,37 @@ Stage "vae" trains the autoencoder on images, stage "unet" the denoiser on its f
 and the paper part, this is the paper done right; README.md lists every such place.
 """
 
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanomed import weights
-from nanomed.autoencoders.losses import VGGDistance
+from nanomed.autoencoders.losses import VGGDistance, load_vgg
 from nanomed.autoencoders.msdm import MSDMVAE
 from nanomed.denoisers.msdm import MSDMUNet
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided, self_conditioned
 from nanomed.diffusion.process import Cond, Diffusion
-from nanomed.systems.base import System, read_config
-from nanomed.text.clip import ClipText, ClipTextConfig
+from nanomed.systems.assembly import TRANSFORMERS, Found, Part, read_config
+from nanomed.systems.base import Reading, System, Weighting
+from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
 from nanomed.text.tokenizers import ClipTokenizer
 
 CLIP_L = "openai/clip-vit-large-patch14"
-TINY_TEXT = dict(vocab_size=0, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-                 max_position_embeddings=64, hidden_act="quick_gelu")  # fmt: skip  # vocab_size: the tokenizer's
+TINY_TEXT = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+                 max_position_embeddings=64, hidden_act="quick_gelu")  # fmt: skip
 TINY = dict(self_conditioning=False, prediction="sample", loss="mse", vae=dict(latent=4, channels=(16, 32, 64)),
-            text=TINY_TEXT, text_length=32, sampler="dpmpp", steps=16, guidance=6.0)  # fmt: skip
+            text_encoder=TINY_TEXT, text_length=32, sampler="dpmpp", steps=16, guidance=6.0)  # fmt: skip
 
 # What the constructor takes, and what train.py does with it stage by stage. The comment is what it must reach.
 PRESETS = {
-    "msdm": dict(size=256, self_conditioning=True),  # paper: FID 35 on the development set after 100,000 steps
+    "msdm": dict(vae={}, unet={}),  # paper: FID 35 on the development set after 100,000 steps
     # Demo, six minutes on two CPU cores. x_0 and MSE, because at the noise levels where the layout of an image is
     # decided the L1 loss on epsilon hardly notices x_0; groups of several channels, because groups of one erase what
     # the text adds to a channel; `places`, because without it no prompt's place was learned in 800 steps.
@@ -55,40 +58,45 @@ RECIPES = {
     },
     # The best checkpoint by validation loss: between Frechet distances of 64 images chance decides.
     "msdm-tiny": {
-        "": dict(data="toy:2000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
+        "": dict(data="toy:2000", augment=False, test_prompts="weights/msdm-tiny/test.csv"),
         "vae": TINY_VAE,
         "unet": TINY_UNET | dict(steps=1900, save_every=950, places_first=400),
     },
     "msdm-tiny-64": {  # about forty minutes on one CPU core
-        "": dict(data="toy:4000", augment=False, allocator=True, test_prompts="weights/msdm-tiny/test.csv"),
+        "": dict(data="toy:4000", augment=False, test_prompts="weights/msdm-tiny/test.csv"),
         "vae": TINY_VAE,
         "unet": TINY_UNET | dict(steps=6000, save_every=1000, places_first=600),
     },
 }  # fmt: skip
-FLAGS = ("size", "snr_gamma")  # of train.py, that are settings of the constructor
 SAMPLERS = {"msdm": ("msdm", samplers.ddim), "ddim": ("msdm", samplers.ddim), "dpmpp": ("linspace", samplers.dpmpp_2m)}
+DISTANCES = {"l1": F.l1_loss, "mse": F.mse_loss}
+OPTIONS = (Weighting, Reading)  # of train.py for these presets
 
 
 class MSDM(System):
-    """VAE + U-Net + CLIP text encoder.
+    """VAE + U-Net + CLIP text encoder; the last is the published ViT-L/14, frozen, or a small one that trains along.
 
-    text      None: the published CLIP ViT-L/14, frozen; else the configuration of a small CLIP text model that trains
-              with the U-Net
     sampler   "msdm" (the paper's: DDIM with eta 1), "ddim" (eta 0) or "dpmpp" (DPM-Solver++ 2M)
     guidance  on the standard scale, 1 = none; the paper writes 3.5 for what is 4.5 here
     minmax    stretch every image to its own minimum and maximum, as the released code does before its metrics; the
               default maps [-1, 1] to [0, 1] and clamps
     """
 
+    name = "msdm"
+    parts = {
+        "text_encoder": Part(lambda **c: ClipText(ClipTextConfig(**c)), load_clip_text, TRANSFORMERS, CLIP_L, ""),
+        "vae": Part(MSDMVAE),
+        "unet": Part(MSDMUNet),
+    }
+    tokenizers = {"tokenizer": (ClipTokenizer.from_folder, CLIP_L)}
+    denoiser = "unet"
     dropout = 0.2  # "context dropout", drawn for each sample by the data loader
 
     def __init__(
         self,
-        tokenizer: ClipTokenizer,
+        found: Found,
+        *,
         size: int = 256,
-        vae: dict | None = None,
-        unet: dict | None = None,
-        text: dict | None = None,
         text_length: int = 64,
         latent_scale: float = 1.0,
         self_conditioning: bool = True,
@@ -100,25 +108,47 @@ class MSDM(System):
         snr_gamma: float = 0.0,
         loss: str = "l1",
     ):
-        super().__init__()
+        super().__init__(found)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        self._config = dict(size=size, vae=vae, unet=unet, text=text, text_length=text_length,
-                            self_conditioning=self_conditioning, prediction=prediction, loss=loss,
-                            sampler=sampler, steps=steps, guidance=guidance, minmax=minmax)  # fmt: skip
         self.size, self.sampler, self.steps, self.guidance, self.minmax = size, sampler, steps, guidance, minmax
-        self.snr_gamma, self.loss, self.text_length = snr_gamma, loss, text_length
-        self.tokenizer = tokenizer
-        clip = ClipTextConfig(**text) if text else ClipTextConfig()
-        self.text_encoder = ClipText(clip)
-        self.vae = MSDMVAE(**vae or {})
-        self.vae.scale = latent_scale
-        latent = self.vae.inc_dec.block_seq[0].conv_res.in_channels
-        self.unet = MSDMUNet(latent, text=clip.hidden_size, self_conditioning=self_conditioning, **unet or {})
-        self.latent_shape = (latent, size >> len(self.vae.encoders), size >> len(self.vae.encoders))
-        self.stages = {"vae": ("vae",), "unet": ("unet", "text_encoder") if text else ("unet",)}
+        self.snr_gamma, self.loss, self.text_length, self.prediction = snr_gamma, loss, text_length, prediction
+        self.self_conditioning, self.vae.scale = self_conditioning, latent_scale
+        side = size >> len(self.vae.encoders)
+        self.text_shape = text_length, self.text_encoder.config.hidden_size
+        self.latent_shape = (self.vae.inc_dec.block_seq[0].conv_res.in_channels, side, side)
+        learns = "text_encoder" in self.shapes
+        self.stages = {"vae": ("vae",), "unet": ("unet", "text_encoder") if learns else ("unet",)}
         self.diffusion = Diffusion(0.002, 0.02, "scaled_linear", prediction, spacing="msdm")
         self._perceptual: list[VGGDistance] = []  # one, where VGG16's file is at hand; in a list, so it is no part
+
+    @property
+    def latent_scale(self) -> float:
+        """1 / standard deviation of the latents, once `finish` has measured it."""
+        return self.vae.scale
+
+    @classmethod
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+        """The small vocabulary that is shipped."""
+        return {"tokenizer": ClipTokenizer.from_folder(weights.find("msdm-tiny", weights_folder) / "tokenizer")}
+
+    @classmethod
+    def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
+        text = shapes.get("text_encoder")
+        if text is not None:
+            shapes["text_encoder"] = text | {"vocab_size": len(tokenizers["tokenizer"])}
+        latent = shapes["vae"].get("latent", 8)
+        known = dict(latent=latent, text=(text or {}).get("hidden_size", 768),
+                     self_conditioning=settings.get("self_conditioning", True))  # fmt: skip
+        return shapes | {"unet": known | shapes["unet"]}
+
+    @classmethod
+    def understood(cls, settings: dict) -> dict:
+        """Version 0.1 wrote `text`, and null for the paper's shapes."""
+        text = settings.pop("text", None)
+        return settings | {part: settings.get(part) or {} for part in ("vae", "unet")} | (
+            {"text_encoder": text} if text else {}
+        )
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -127,13 +157,13 @@ class MSDM(System):
 
         The null condition is the same thing for "". The padding stays, because the U-Net's text pooling reads it.
         """
-        distinct = list(dict.fromkeys(prompts))
-        ids, mask = self.tokenizer(distinct, length=self.text_length)
-        device = next(self.text_encoder.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
-        states = self.text_encoder(ids, mask)  # (distinct, 64, 768)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
-        return {"prompt_embeds": states[rows], "attention_mask": mask[rows]}
+
+        def encode(distinct: list[str]) -> Cond:
+            device = next(self.text_encoder.parameters()).device
+            ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.text_length))
+            return {"prompt_embeds": self.text_encoder(ids, mask), "attention_mask": mask}  # (distinct, 64, 768)
+
+        return self.each_once(prompts, encode)
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """The VAE's loss, or L1 between the noise and the U-Net's prediction of it (paper, section 4.2).
@@ -144,81 +174,31 @@ class MSDM(System):
             images = batch["image"]
             noise = torch.randn(len(images), *self.latent_shape, device=images.device)
             return self.vae.loss(images, noise, *self._perceptual)
-        moments = batch["moments"] if "moments" in batch else self.image_moments(batch["image"])["moments"]
-        x0 = self.vae.latents(moments, torch.randn_like(moments.chunk(2, 1)[0]))  # a fresh draw every step
-        if "prompt_embeds" in batch:
-            cond = {name: batch[name] for name in ("prompt_embeds", "attention_mask")}
-        else:
-            cond = self.encode_text(batch["prompt"])
-        return self.denoising_loss(x0, cond)
+        x0, cond = self.latents(batch), self.unet.read_text(**self.text(batch))
+        seen = random.random() < 0.5  # Chen et al. 2023: half the steps see an estimate
 
-    def denoising_loss(self, x0: Tensor, cond: Cond) -> dict[str, Tensor]:
-        t = torch.randint(len(self.diffusion.alphas_cumprod), (len(x0),), device=x0.device)
-        noise = torch.randn_like(x0)
-        x_t = self.diffusion.noised(x0, t, noise)
-        cond = self.unet.read_text(**cond)
-        self_cond = torch.zeros_like(x0)
-        if self.unet.self_conditioning and torch.rand(()) < 0.5:  # Chen et al. 2023: half the steps see an estimate
-            with torch.no_grad():
-                self_cond = self.diffusion.estimates(self.unet(x_t, t, **cond, self_cond=self_cond), x_t, t)[0]
-        prediction = self.unet(x_t, t, **cond, self_cond=self_cond)
-        distance = {"l1": F.l1_loss, "mse": F.mse_loss}[self.loss]
-        loss = distance(prediction.float(), self.diffusion.target(x0, t, noise), reduction="none").flatten(1).mean(1)
-        if self.snr_gamma:
-            loss = loss * self.diffusion.min_snr_weight(t, self.snr_gamma)
-        return {"loss": loss.mean()}
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            self_cond = torch.zeros_like(x0)
+            if self.self_conditioning and seen:
+                with torch.no_grad():
+                    self_cond = self.diffusion.estimates(self.unet(x_t, t, **cond, self_cond=self_cond), x_t, t)[0]
+            return self.unet(x_t, t, **cond, self_cond=self_cond)
 
-    def image_moments(self, images: Tensor) -> dict[str, Tensor]:
-        """What the frozen VAE makes of images: the moments, from which a latent is drawn fresh every step."""
-        return {"moments": self.vae.moments(images)}
-
-    def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
-        if stage == "vae":
-            return {}
-        fields = {"image": ("vae", self.image_moments)}
-        if "text_encoder" not in self.stages["unet"]:
-            fields["text"] = ("text_encoder", self.encode_text)
-        return fields
-
-    def example(self, stage: str, batch: int, device: torch.device) -> dict:
-        side = self.size
-        if stage == "vae":
-            return {"image": torch.rand(batch, 3, side, side, device=device) * 2 - 1}
-        channels, height, width = self.latent_shape
-        states = torch.randn(batch, self.text_length, self.text_encoder.config.hidden_size, device=device)
-        mask = torch.ones(batch, self.text_length, dtype=torch.bool, device=device)
-        moments = torch.randn(batch, 2 * channels, height, width, device=device)
-        return {"moments": moments, "prompt_embeds": states, "attention_mask": mask}
+        return {"loss": self.denoising_loss(predict, x0, DISTANCES[self.loss])}
 
     def load_optional(self, stage: str, folder: str | None) -> str:
         """VGG16 for the perceptual part of the VAE's loss."""
         if stage != "vae":
             return ""
         try:
-            found = weights.find("vgg16-397923af.pth", folder)
+            self._perceptual = [load_vgg(folder).to(self.device)]
         except FileNotFoundError:
             return "VAE loss without its perceptual part: put torchvision's vgg16-397923af.pth into weights/ to have it"
-        with torch.device("meta"):
-            perceptual = VGGDistance()
-        tensors = weights.read_pickle(found, prefix="features.")
-        device = next(self.vae.parameters()).device
-        self._perceptual = [weights.load(perceptual, tensors).to(device).requires_grad_(False)]
         return ""
 
     def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
-        """After the VAE: measure the standard deviation of its latents and scale them to 1 from now on."""
-        if stage != "vae":
-            return {}
-        total = count = 0.0
-        squares = 0.0
-        for images in image_batches:
-            mean, logvar = self.vae.moments(images).double().chunk(2, dim=1)
-            total += mean.sum().item()
-            squares += (mean**2 + logvar.exp()).sum().item()  # E z^2 of z ~ N(mean, var)
-            count += mean.numel()
-        deviation = (squares / count - (total / count) ** 2) ** 0.5
-        self.vae.scale = 1 / deviation
-        return {"latent_std": deviation}
+        """After the VAE: scale its latents to unit deviation from now on."""
+        return {"latent_std": self.vae.standardise(image_batches)} if stage == "vae" else {}
 
     def resume(self, stage: str, folder: str | Path) -> None:
         super().resume(stage, folder)
@@ -256,56 +236,10 @@ class MSDM(System):
         x = sampler(denoise, diffusion, x.to(self.unet.in_conv["conv"].weight.dtype), steps or self.steps, noise, **eta)
         return self.to_unit(self.vae.decode(x).float())
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] through the autoencoder and back, by the mean of their latents."""
-        return self.vae.decode(self.vae.encode(images))
-
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""
         if not self.minmax:
-            return (images / 2 + 0.5).clamp(0, 1)
+            return super().to_unit(images)
         flat = images.flatten(1)
         low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
         return (images - low) / (high - low).clamp(min=1e-8)
-
-    # ------------------------------------------------------------------------------------------------- folders
-
-    def config(self) -> dict:
-        return {"system": "msdm", **self._config, "latent_scale": self.vae.scale}
-
-    def saved_parts(self) -> dict[str, str]:
-        parts = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
-        return parts | ({"text_encoder": "model"} if self._config["text"] else {})
-
-    def save(self, folder: str | Path, parts: Iterable[str] = ()) -> None:
-        if self._config["text"]:
-            self.tokenizer.save(Path(folder) / "tokenizer")
-        super().save(folder, parts)
-
-
-def build(preset: str, weights_folder: str | None = None, random: bool = False, **options) -> MSDM:
-    """A new MSDM with fresh VAE and U-Net. `random` leaves CLIP untrained too (dry runs, benchmarks)."""
-    settings = PRESETS[preset] | options
-    if settings.get("text"):
-        tokenizer = ClipTokenizer.from_folder(Path(weights.find("msdm-tiny", weights_folder)) / "tokenizer")
-        settings = settings | {"text": settings["text"] | {"vocab_size": len(tokenizer)}}
-        return MSDM(tokenizer, **settings)
-    if random:
-        return MSDM(None, **settings)
-    folder = weights.find(CLIP_L, weights_folder)
-    system = MSDM(ClipTokenizer.from_folder(folder), **settings)
-    weights.load(system.text_encoder, weights.read(folder, "model", prefix="text_model."))
-    return system
-
-
-def load(folder: str | Path, weights_folder: str | None = None, dtype: torch.dtype | None = None) -> MSDM:
-    """Read what `MSDM.save` wrote: a finished run's `model` folder, or `weights/msdm-tiny`."""
-    settings = {name: value for name, value in read_config(folder).items() if name != "system"}
-    published = None if settings["text"] else weights.find(CLIP_L, weights_folder)
-    tokenizer = ClipTokenizer.from_folder(published or Path(folder) / "tokenizer")
-    with torch.device("meta"):
-        system = MSDM(tokenizer, **settings)
-    system.read_parts(folder, dtype)
-    if published:
-        weights.load(system.text_encoder, weights.read(published, "model", prefix="text_model.", dtype=dtype))
-    return system.eval()

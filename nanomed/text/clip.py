@@ -38,6 +38,12 @@ class ClipTextConfig:
         return weights.configured(cls, path, "a CLIP", unstated, "text_config")
 
 
+BIG_G = ClipTextConfig(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
+    projection_dim=1280,
+)  # fmt: skip  # OpenCLIP ViT-bigG/14: Kandinsky 2.2, SDXL
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIPs were trained with."""
     return x * torch.sigmoid(1.702 * x)
@@ -141,19 +147,14 @@ class ClipText(nn.Module):
         # PyTorch's own start, embeddings of unit variance: from CLIP's 0.02 a small encoder that learns with a denoiser
         # says the same of every prompt for a thousand steps.
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, every: bool = False) -> "Tensor | TextStates":
         """ids int64 (B, L), mask bool (B, L) or None -> last hidden states (B, L, D), after the final LayerNorm.
 
         A token sees itself and the tokens before it that the mask leaves. Published systems differ: MSDM gives the
         mask, Stable Diffusion and Kandinsky 2.2 do not. Rows of padding hold something too, but mean nothing.
-        """
-        return self.features(ids, mask).last
 
-    def features(self, ids: Tensor, mask: Tensor | None = None) -> TextStates:
-        """As `forward`, with the penultimate states and the pooled ones.
-
-        The end of text is the first place of the largest id, as in Radford et al.'s code: `<|endoftext|>` is the
-        last entry of the vocabulary (`eos_token_id` of the published configs is wrong).
+        every   return all of `TextStates`. The end of text is the first place of the largest id, as in Radford et al.'s
+                code: `<|endoftext|>` is the last entry of the vocabulary (`eos_token_id` of published configs is wrong)
         """
         length = ids.shape[1]
         if length > self.config.max_position_embeddings:
@@ -166,9 +167,15 @@ class ClipText(nn.Module):
             penultimate = x
             x = layer(x, mask, causal=mask is None)
         x = self.text_model.final_layer_norm(x)
+        if not every:
+            return x
         pooled = x[torch.arange(len(x), device=x.device), ids.argmax(dim=1)]  # (B, D)
         embeds = self.text_projection(pooled) if self.text_projection is not None else None
         return TextStates(x, penultimate, pooled, embeds)
+
+    def features(self, ids: Tensor, mask: Tensor | None = None) -> TextStates:
+        """As `forward`, with the penultimate states and the pooled ones."""
+        return self(ids, mask, every=True)
 
 
 def initialise(module: nn.Module) -> None:
@@ -177,3 +184,18 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+
+
+def load_clip_text(
+    path: str | Path, dtype: torch.dtype | None = None, projection: bool = False
+) -> ClipText:
+    """The text encoder of a folder with `config.json` and `model.safetensors`: its own, or that of a whole CLIP.
+
+    dtype        convert to it while reading; None keeps the file's
+    projection   with `text_projection`
+
+    Raises WeightsError where a file is missing, damaged or of another encoder.
+    """
+    encoder = weights.build(ClipText, ClipTextConfig.from_json(path), projection)
+    prefix = "" if projection else "text_model."
+    return weights.load(encoder, weights.read(path, "model", prefix=prefix, dtype=dtype)).eval()

@@ -42,6 +42,12 @@ class ClipVisionConfig:
         return weights.configured(cls, path, "a CLIP", unstated, "vision_config")
 
 
+BIG_G = ClipVisionConfig(
+    hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, hidden_act="gelu",
+    projection_dim=1280,
+)  # fmt: skip  # OpenCLIP ViT-bigG/14: Kandinsky 2.2
+
+
 class VisionEmbeddings(nn.Module):
     def __init__(self, c: ClipVisionConfig):
         super().__init__()
@@ -117,3 +123,10 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     image = image.crop((left, top, left + size, top + size))
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255  # (3, size, size)
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def load_clip_vision(path: str | Path, dtype: torch.dtype | None = None) -> ClipVision:
+    """The image encoder, with its projection, of a folder with `config.json` and `model.safetensors`; dtype and errors
+    as in `load_clip_text`."""
+    encoder = weights.build(ClipVision, ClipVisionConfig.from_json(path))
+    return weights.load(encoder, weights.read(path, "model", dtype=dtype)).eval()

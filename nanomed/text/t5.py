@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
+from nanomed.layers.blocks import longest
 from nanomed.weights import WeightsError
 
 
@@ -202,11 +203,10 @@ class T5Encoder(nn.Module):
         padding embedding). Where rows of padding themselves are read (a mean over all rows), call `forward`.
         """
         length = ids.shape[1]
-        seen = mask.any(0).nonzero()  # (places, 1)
-        used = int(seen[-1]) + 1 if len(seen) else 1
-        used = min(-(-used // multiple) * multiple, length)
-        states = self(ids[:, :used], mask[:, :used])  # (B, used, D)
-        states = states.masked_fill(~mask[:, :used, None].bool(), 0)
+        used = min(-(-longest(mask) // multiple) * multiple, length)
+        ids, mask = (tensor[:, :used].to(self.shared.weight.device) for tensor in (ids, mask))
+        states = self(ids, mask)  # (B, used, D)
+        states = states.masked_fill(~mask[..., None].bool(), 0)
         return F.pad(states, (0, 0, 0, length - used))  # (B, L, D)
 
     def half(self) -> "T5Encoder":

@@ -6,7 +6,7 @@ ranks. So a restart at step n goes on with exactly the samples that would have c
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -49,49 +49,68 @@ def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bo
     return np.ascontiguousarray(array[:: -1 if vertical else 1, :: -1 if horizontal else 1])
 
 
+@dataclass(frozen=True)
+class Samples:
+    """How rows become samples.
+
+    size         the side of images in pixels
+    seed         of order, crops, dropped prompts and all other choices
+    pairs        a sample is an (image, prompt) pair, else an image
+    dropout      share of samples whose prompt is ""; only they are flipped
+    augment      random crops (and, with `jitter`, colours), else centre crops
+    views        crops of an image that a cache holds; 0: a new one every time
+    replace      probability that a paraphrase takes the place of a prompt (Chaichuk & Tutubalina 2024, section 3)
+    join         a prompt is followed by 0 to join - 1 others of the same image: one sentence says one thing, so a small
+                 model that trains its own text encoder learns the words several times faster from three
+    places       the share of samples whose first prompt says where something is, if the image has such a prompt
+    places_first and of so many micro-steps at the start all: a sixth of all prompts do, they take the most samples to
+                 learn, and a text encoder that has first learned to tell yes from no hardly learns them after
+    trimmed      fields of prompts that may be cut behind the longest text of a batch, the mask first
+    """
+
+    size: int
+    seed: int
+    pairs: bool = True
+    dropout: float = 0.0
+    augment: bool = True
+    jitter: bool = True
+    views: int = 0
+    replace: float = 0.0
+    join: int = 1
+    places: float = 0.0
+    places_first: int = 0
+    trimmed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What frozen parts make of the data, from the cache: `images[row * views + view]`, and `texts[index[prompt]]`."""
+
+    images: Columns | None = None
+    texts: Columns | None = None
+    index: dict[str, int] = field(default_factory=dict)
+
+
+NOTHING = Kept()
+
+
 class Batches:
-    """Training batches of a table.
+    """Training batches of rows.
 
-    An item is an (image, prompt) pair with `pairs`, else an image. What a batch holds: "prompt" (list of str, "" where
-    the context is dropped) and the image as "image" (B, 3, size, size) in [-1, 1], or, with `columns`, the cached
-    fields of `columns[row * len(views) + view]`, likewise for the fields of prompts with `texts`.
+    A batch holds "prompt" (list of str, "" where the context is dropped) and the image as "image" (B, 3, size, size) in
+    [-1, 1]; or the fields that are kept of it, likewise of the prompts.
 
-    `strategy` says how paraphrases are used (Chaichuk & Tutubalina 2024, section 3): "" not at all, "add" as pairs of
-    their own, "replace" with probability `replace` in place of the prompt.
-
-    With `join` > 1 a sample's prompt is followed by 0 to join - 1 other prompts of the same image: one sentence says
-    one thing, so a small model that trains its own text encoder learns the words several times faster from three.
-    `places` is the share of samples whose first prompt is one that says where something is, if the image has any, and
-    in the first `places_first` micro-steps all samples have such a prompt: a sixth of all prompts are, they take the
-    most samples to learn, and a text encoder that has first learned to tell yes from no hardly learns them after.
+    share   (rank, world): this process's part of the samples
     """
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        size: int,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        pairs: bool = True,
-        dropout: float = 0.0,
-        augment: bool = True,
-        view_count: int = 0,
-        columns: Columns | None = None,
-        texts: tuple[dict[str, int], Columns] | None = None,
-        replace: float = 0.0,
-        join: int = 1,
-        places: float = 0.0,
-        places_first: int = 0,
-        jitter: bool = True,
+        self, rows: Sequence[Row], how: Samples, batch: int, share: tuple[int, int] = (0, 1), kept: Kept = NOTHING
     ):
-        self.rows, self.size, self.batch, self.seed, self.rank, self.world = rows, size, batch, seed, rank, world
-        self.dropout, self.augment, self.columns, self.texts, self.replace = dropout, augment, columns, texts, replace
-        self.views, self.join, self.jitter = views(view_count, flips=dropout > 0), join, jitter
-        self.view_count, self.places = view_count, places
-        self.placed = places_first * batch * world  # samples, of all processes together
-        if pairs:
+        self.rows, self.how, self.batch, self.kept = rows, how, batch, kept
+        self.rank, self.world = share
+        self.views = views(how.views, flips=how.dropout > 0)
+        self.placed = how.places_first * batch * self.world  # samples, of all processes together
+        if how.pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
         else:
             self.items = [(i, 0) for i in range(len(rows))]
@@ -102,7 +121,7 @@ class Batches:
         self._order = lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(seed_of("order", self.seed, epoch)).permutation(len(self.items))
+        return np.random.default_rng(seed_of("order", self.how.seed, epoch)).permutation(len(self.items))
 
     def __getitem__(self, step: int) -> dict[str, Tensor | list[str]]:
         """The batch of micro-step `step` (counted from 0 over the whole stage) on this rank; the next one is prepared
@@ -112,14 +131,23 @@ class Batches:
         samples = [future.result() for future in self._ahead[1]]
         self._ahead = step + 1, self._start(step + 1)
         batch: dict[str, Tensor | list[str]] = {"prompt": [prompt for _, prompt in samples]}
-        if self.columns is not None:
-            batch |= self.columns[[image for image, _ in samples]]
+        if self.kept.images is not None:
+            batch |= self.kept.images[[image for image, _ in samples]]
         else:
             batch["image"] = torch.stack([image for image, _ in samples])
-        if self.texts is not None:
-            index, columns = self.texts
-            batch |= columns[[index[prompt] for _, prompt in samples]]
+        if self.kept.texts is not None:
+            batch |= self.kept.texts[[self.kept.index[prompt] for _, prompt in samples]]
+            batch |= self._cut(batch)
         return batch
+
+    def _cut(self, batch: dict[str, Tensor], multiple: int = 8) -> dict[str, Tensor]:
+        """The trimmed fields without what stands behind the longest text: asked here, before the device has them. The
+        length is rounded up, so that few shapes occur."""
+        if not self.how.trimmed:
+            return {}
+        seen = batch[self.how.trimmed[0]].numpy().any(0).nonzero()[0]
+        last = -(-(int(seen[-1]) + 1 if len(seen) else 1) // multiple) * multiple
+        return {name: batch[name][:, :last] for name in self.how.trimmed}
 
     def _start(self, step: int) -> list[Future]:
         first = (step * self.world + self.rank) * self.batch
@@ -127,27 +155,28 @@ class Batches:
 
     def _sample(self, position: int) -> tuple[Tensor | int, str]:
         """The image (or its row in `columns`) and the prompt at a position."""
+        how = self.how
         epoch, place = divmod(position, len(self.items))
         index, which = self.items[self._order(epoch)[place]]
         row = self.rows[index]
-        rng = np.random.default_rng(seed_of("sample", self.seed, position))
+        rng = np.random.default_rng(seed_of("sample", self.how.seed, position))
         dropped, flip, view, swap = rng.random(), rng.integers(4), rng.integers(1 << 62), rng.random()
-        if position < self.placed or (self.places and rng.random() < self.places):
+        if position < self.placed or (how.places and rng.random() < how.places):
             named = [i for i, prompt in enumerate(row.prompts) if " located in " in prompt]
             which = named[rng.integers(len(named))] if named else which
         prompt = row.prompts[which] if row.prompts else ""
-        if row.paraphrases and swap < self.replace:
+        if row.paraphrases and swap < how.replace:
             prompt = row.paraphrases[which]
-        if self.join > 1 and row.prompts:
-            others = rng.permutation([i for i in range(len(row.prompts)) if i != which])[: rng.integers(self.join)]
+        if how.join > 1 and row.prompts:
+            others = rng.permutation([i for i in range(len(row.prompts)) if i != which])[: rng.integers(how.join)]
             prompt = " ".join([prompt, *(row.prompts[i] for i in others)])
-        is_dropped = dropped < self.dropout
-        if self.columns is not None:
-            number = self.view_count + flip if is_dropped else view % self.view_count
+        is_dropped = dropped < how.dropout
+        if self.kept.images is not None:
+            number = how.views + flip if is_dropped else view % how.views
             image = index * len(self.views) + int(number)
         else:
             chosen = View(int(view), FLIPS[flip] if is_dropped else FLIPS[0])
-            image = images.to_unit(pixels(row, self.size, self.seed, chosen, self.augment, self.jitter))
+            image = images.to_unit(pixels(row, how.size, how.seed, chosen, how.augment, how.jitter))
         return image, "" if is_dropped else prompt
 
     def close(self) -> None:

@@ -9,9 +9,9 @@ from nanomed import weights
 from nanomed.data.images import to_unit
 from nanomed.data.table import Table
 from nanomed.run import files
-from nanomed.run.cache import cached
+from nanomed.run.cache import Columns, cached
 from nanomed.run.ranks import Ranks
-from nanomed.training.batches import Batches, View, pixels, views
+from nanomed.training.batches import Batches, Kept, Samples, View, pixels, views
 
 
 def batches(config, system, stage: str, table: Table, ranks: Ranks) -> Batches:
@@ -21,37 +21,34 @@ def batches(config, system, stage: str, table: Table, ranks: Ranks) -> Batches:
     prompt; a cached field is a distribution's moments or a text's states, so draws from them stay fresh. With
     views = 0 images are decoded, cropped and encoded anew every time.
     """
-    frozen = system.frozen(stage)
-    pairs = system.uses_text(stage)
-    augment = config.augment and pairs  # the autoencoder sees centre crops as they are
-    dropout = (system.dropout if config.dropout is None else config.dropout) if pairs else 0.0
-    columns = texts = None
+    frozen, how = system.frozen(stage), samples(config, system, stage)
+    images = texts = None
+    prompts: list[str] = []
     if "image" in frozen and config.views:
-        looks = views(config.views, flips=dropout > 0)
-        columns = _cached_images(config, system, *frozen["image"], table, looks, augment, ranks)
-    if "text" in frozen and config.join == 1:  # joined prompts are too many to keep
-        texts = _cached_texts(config, system, *frozen["text"], table, ranks)
-        if config.offload:
-            system.offload(frozen["text"][0])
-    replace = {"some": 0.5, "all": 1.0}.get(config.strategy, 0.0) if config.paraphrases else 0.0
-    return Batches(
-        table.rows,
+        images = _images(config.cache, system, frozen["image"], table, how, ranks)
+    if "text" in frozen and how.join == 1:  # joined prompts are too many to keep
+        prompts = sorted({"", *(text for row in table.rows for text in (*row.prompts, *row.paraphrases))})
+        texts = _texts(config.cache, system, frozen["text"], prompts, ranks)
+    kept = Kept(images, texts, {text: i for i, text in enumerate(prompts)})
+    return Batches(table.rows, how, config.batch, (ranks.rank, ranks.world), kept)
+
+
+def samples(config, system, stage: str) -> Samples:
+    """How a stage's samples are made; an autoencoder sees centre crops of images as they are."""
+    if not system.uses_text(stage):
+        return Samples(system.size, config.seed, pairs=False, augment=False, jitter=system.jitter)
+    return Samples(
         system.size,
-        config.batch,
         config.seed,
-        ranks.rank,
-        ranks.world,
-        pairs=pairs,
-        dropout=dropout,
-        augment=augment,
-        view_count=config.views,
-        columns=columns,
-        texts=texts,
-        replace=replace,
-        join=config.join if pairs else 1,
-        places=config.places if pairs else 0.0,
-        places_first=config.places_first * config.accumulate if pairs else 0,
+        dropout=system.dropout if config.dropout is None else config.dropout,
+        augment=config.augment,
         jitter=system.jitter,
+        views=config.views,
+        replace={"some": 0.5, "all": 1.0}.get(config.strategy, 0.0) if config.paraphrases else 0.0,
+        join=getattr(config, "join", 1),
+        places=getattr(config, "places", 0.0),
+        places_first=getattr(config, "places_first", 0) * config.accumulate,
+        trimmed=system.trimmed,
     )
 
 
@@ -62,34 +59,34 @@ def images_of(table: Table, size: int, device: torch.device, batch: int = 32) ->
         yield torch.stack([to_unit(pixels(row, size, 0, View(0), augment=False)) for row in rows]).to(device)
 
 
-def _cached_images(config, system, part, encode, table, looks, augment, ranks):
+def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks: Ranks) -> Columns:
+    (parts, encode), looks = frozen, views(how.views, flips=how.dropout > 0)
+
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
         each = [
-            pixels(table.rows[i // len(looks)], system.size, config.seed, looks[i % len(looks)], augment, system.jitter)
+            pixels(table.rows[i // len(looks)], how.size, how.seed, looks[i % len(looks)], how.augment, how.jitter)
             for i in rows
         ]
         return encode(torch.stack([to_unit(array) for array in each]).to(ranks.device))
 
     key = {
-        "fields": f"{part} of images", "weights": [weights.fingerprint(system.get_submodule(p)) for p in part.split()],
+        "fields": f"{parts} of images",
+        "weights": [weights.fingerprint(system.get_submodule(part)) for part in parts.split()],
         "images": [[row.file.name, files.sha256(row.file)] for row in table.rows],
-        "size": system.size, "views": [[look.number, *look.flip] for look in looks], "augment": augment,
-        "jitter": system.jitter, "pad": system.pad, "seed": config.seed,
+        "size": how.size, "views": [[look.number, *look.flip] for look in looks], "augment": how.augment,
+        "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
     }  # fmt: skip
-    return cached(config.cache, key, len(table.rows) * len(looks), make, 32, ranks)
+    return cached(cache, key, len(table.rows) * len(looks), make, 32, ranks)
 
 
-def _cached_texts(config, system, part, encode, table, ranks):
-    prompts = sorted({"", *(text for row in table.rows for text in (*row.prompts, *row.paraphrases))})
+def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) -> Columns:
+    part, encode = frozen
 
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
         return encode([prompts[i] for i in rows])
 
-    key = {
-        "fields": f"{part} of prompts", "weights": weights.fingerprint(system.get_submodule(part)), "prompts": prompts,
-    }  # fmt: skip
-    return {text: i for i, text in enumerate(prompts)}, cached(
-        config.cache, key, len(prompts), make, 32, ranks
-    )
+    network = weights.fingerprint(system.get_submodule(part))
+    key = {"fields": f"{part} of prompts", "weights": network, "prompts": prompts}
+    return cached(cache, key, len(prompts), make, 32, ranks)

@@ -8,23 +8,25 @@ from torch import Tensor
 from nanomed.data.table import Table
 from nanomed.run import files
 from nanomed.run.hardware import autocast
-from nanomed.run.randomness import ImageNoise, seed_of
-from nanomed.run.ranks import Ranks
-from nanomed.training.batches import Batches, View, pixels
+from nanomed.run.randomness import ImageNoise, seed_all
+from nanomed.run.runs import Run
+from nanomed.training.batches import Batches, Samples, View, pixels
 from nanomed.training.caches import images_of
 from nanomed.training.optimizer import EMA
+from nanomed.training.placement import Placement
 
 
 class Judge:
     """Looks at a stage from outside: the loss on held-out images, a grid, and the number to choose the best by.
 
     That number is a Frechet distance between held-out images and images of fixed prompts and seeds where a feature
-    network is at hand (`measure` says which), else the validation loss.
+    network is at hand (`measure` says which), else the validation loss. `best` is {"step", "score", "by"} of the best
+    checkpoint so far.
     """
 
-    def __init__(self, config, system, stage, run, valid: Table, ranks: Ranks):
-        self.config, self.system, self.stage, self.run = config, system, stage, run
-        self.valid, self.ranks, self.device = valid, ranks, ranks.device
+    def __init__(self, config, system, stage: str, run: Run, valid: Table, placement: Placement):
+        self.config, self.system, self.stage, self.run, self.valid = config, system, stage, run, valid
+        self.placement, self.ranks, self.device, self.best = placement, run.ranks, run.ranks.device, None
         self.draws = system.uses_text(stage)
         self.distance, self.measure = None, "validation loss"
         if self.draws and config.score_images:
@@ -34,7 +36,7 @@ class Judge:
             self.distance, name = frechet_to(arrays, toy=config.data.startswith("toy"), folder=config.weights or None)
             self.measure = name or self.measure
         self.prompts = self._grid_prompts() if self.draws else []
-        if ranks.first:
+        if self.ranks.first:
             print(f"stage {stage}: the best checkpoint is the one of the lowest {self.measure}")
 
     def _grid_prompts(self) -> list[str]:
@@ -46,11 +48,18 @@ class Judge:
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.config.seed))
         return [pairs[i] for i in order[: max(self.config.score_images, 16)].tolist()]
 
+    def look(self, step: int, average: EMA | None) -> None:
+        """Judge the averaged weights of a step, and remember it if there was no better one."""
+        score = self.score(step, average)
+        if self.best is None or score < self.best["score"]:
+            self.best = {"step": step, "score": score, "by": self.measure}
+
     @torch.no_grad()
-    def __call__(self, step: int, ema: EMA | None) -> float:
+    def score(self, step: int, average: EMA | None) -> float:
         """Validate, draw the grid and return the score of the averaged weights; every rank gets the same number."""
-        with ema.swapped() if ema else nullcontext():
+        with average.swapped() if average else nullcontext():
             self.system.eval()
+            self.placement.whole()
             loss = self._loss()
             images = self._draw() if self.draws else self._reconstruct()
             if self.ranks.first and len(images):
@@ -58,6 +67,7 @@ class Judge:
                 files.write_png(self.run.folder / "samples" / name, grid(images[:16]))
             score = self.distance(images) if self.distance else loss
         self.system.trainable(self.stage)
+        self.placement.apart()
         self.run.log(
             stage=self.stage, step=step, valid_loss=round(loss, 6), score=round(score, 6), score_is=self.measure
         )
@@ -66,10 +76,10 @@ class Judge:
     def _loss(self) -> float:
         """The training loss on held-out samples at fixed noise and timesteps, the ranks sharing the batches."""
         batch = min(self.config.batch, 32)
-        held_out = Batches(self.valid.rows, self.system.size, batch, seed=0, pairs=self.draws, augment=False)
+        held_out = Batches(self.valid.rows, Samples(self.system.size, 0, pairs=self.draws, augment=False), batch)
         total = count = 0
         for i in self.ranks.share(range(min(8, -(-len(held_out.items) // batch)))):
-            torch.manual_seed(seed_of("validation", i))
+            seed_all("validation", i)
             inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in held_out[i].items()}
             total += self.system(inputs, self.stage, 0)["loss"].item()
             count += 1

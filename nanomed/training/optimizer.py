@@ -1,5 +1,8 @@
-"""What moves the weights: AdamW, the clipping of gradients, and the average of weights that is drawn from."""
+"""What moves the weights: AdamW, clipping, a step that skips itself where it is broken, and the average of weights that
+is drawn from. Nothing here waits for the device, but for `Descent.health` and `Descent.state`.
+"""
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,12 +11,90 @@ import torch
 from torch import Tensor
 
 
-class AdamW(torch.optim.AdamW):
+class Descent:
+    """Gradient descent on named parameters, and all of its state that a checkpoint holds.
+
+    A step whose gradients are not finite changes nothing. That is decided on the device: the fused kernels take the
+    verdict as a tensor. `health` asks for it.
+    """
+
+    PATIENCE = 3  # broken steps in a row
+
+    def __init__(self, params: dict[str, Tensor], weight_decay: float, average: float, fp16: bool):
+        self.params = params
+        device = next(iter(params.values())).device
+        self.optimizer = adamw(params.values(), lr=0.0, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.average = EMA(params, average) if average else None
+        self.skipped = torch.zeros(3, device=device)  # steps: in all, in a row now, the most in a row since asked
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr: float, clip: float) -> tuple[Tensor, int]:
+        """One step; returns the norm of the gradients before they are clipped, and how many tensors had one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm, clipped = clip_gradients(list(self.params.values()), clip)
+        broken = (~torch.isfinite(norm)).float().to(self.skipped.device)
+        if self.scaler.is_enabled():  # it skips steps that overflow, and scales down: no fault of the weights
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped[0] += broken
+        else:
+            self.optimizer.found_inf = broken
+            self.optimizer.step()
+            total, row, most = self.skipped
+            row = (row + 1) * broken
+            self.skipped = torch.stack([total + broken, row, torch.maximum(most, row)])
+        if self.average:
+            self.average.update()
+        self.optimizer.zero_grad()
+        return norm, clipped
+
+    def health(self, stage: str, step: int) -> int:
+        """Steps skipped so far. Raises FloatingPointError where three in a row were, since it was last asked."""
+        total, row, most = self.skipped.tolist()
+        self.skipped = torch.tensor([total, row, row], device=self.skipped.device)
+        if most >= self.PATIENCE:
+            raise FloatingPointError(
+                f"{stage}: loss or gradient was not finite for 3 steps in a row, up to step {step}; the weights are "
+                f"those before them. Lower --lr, or use --precision bf16 or fp32"
+            )
+        return int(total)
+
+    def state(self) -> dict:
+        """What a checkpoint says besides its tensors."""
+        updates = self.average.updates if self.average else 0
+        return {"skipped": int(self.skipped[0].item()), "ema_updates": updates, "scaler": self.scaler.state_dict()}
+
+    def load(self, state: dict) -> None:
+        """Take `state` back; the tensors have their places already (runs.py)."""
+        self.skipped = torch.tensor([float(state["skipped"]), 0.0, 0.0], device=self.skipped.device)
+        if self.average:
+            self.average.updates = state["ema_updates"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+
+# What `_init_group` of PyTorch 2.6 to 2.13 takes; in 2.6 with the flag amsgrad among them.
+INSIDE = ["self", "group", "params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"]
+
+
+def adamw(params: Iterable[Tensor], **options: Any) -> torch.optim.AdamW:
+    """PyTorch's fused AdamW; on a CPU one that hands it channels-last weights without copies, as long as the inner
+    workings of PyTorch are those that it knows."""
+    params = list(params)
+    inside = [name for name in inspect.signature(torch.optim.AdamW._init_group).parameters if name != "amsgrad"]
+    if params[0].device.type == "cpu" and inside == INSIDE:
+        return LaidOutAdamW(params, fused=True, **options)
+    return torch.optim.AdamW(params, fused=True, **options)
+
+
+class LaidOutAdamW(torch.optim.AdamW):
     """Fused AdamW that never copies. PyTorch's kernel for CPUs copies each tensor that is not contiguous, which costs
     three times the step; channels-last weights are therefore handed to it in the order in which they lie in memory."""
-
-    def __init__(self, params: Iterable[Tensor], **options: Any):
-        super().__init__(params, fused=True, **options)
 
     def _init_group(self, group, params, *others) -> bool:
         found = super()._init_group(group, params, *others)
@@ -44,8 +125,8 @@ def clip_gradients(params: Sequence[Tensor], limit: float) -> tuple[Tensor, int]
         norm = torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
     else:
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
-    if limit and (scale := (limit / (norm + 1e-6)).item()) < 1:
-        torch._foreach_mul_(grads, scale)
+    if limit:
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm, len(grads)
 
 
@@ -76,9 +157,3 @@ class EMA:
     def _swap(self) -> None:
         for name, param in self.params.items():
             param.data, self.average[name] = self.average[name], param.data
-
-
-def number(value: Tensor) -> float | None:
-    """A scalar tensor for a JSON log: None where it is not finite, which JSON cannot say."""
-    value = value.item()
-    return round(value, 6) if abs(value) < float("inf") else None

@@ -15,9 +15,9 @@ from nanomed.weights.header import Entry, WeightsError, WeightsNotFound, check_h
 from nanomed.weights.modules import build, fingerprint, load
 from nanomed.weights.places import find, hub_cache
 from nanomed.weights.published import Published, catalogue, digests
-from nanomed.weights.tensors import configured, read, read_pickle, settings
+from nanomed.weights.tensors import arguments, configured, read, read_pickle, settings
 
 __all__ = [
-    "Entry", "Published", "WeightsError", "WeightsNotFound", "build", "catalogue", "check_header", "configured",
-    "digests", "find", "fingerprint", "hub_cache", "load", "read", "read_pickle", "settings",
+    "Entry", "Published", "WeightsError", "WeightsNotFound", "arguments", "build", "catalogue", "check_header",
+    "configured", "digests", "find", "fingerprint", "hub_cache", "load", "read", "read_pickle", "settings",
 ]  # fmt: skip

@@ -7,7 +7,8 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,6 +98,21 @@ def settings(path: str | Path, what: str) -> dict:
     except ValueError as error:
         raise WeightsError(f"{path}: not the configuration of {what} ({error})") from error
     return stated
+
+
+def arguments(path: str | Path, make: Callable, known: Mapping) -> dict:
+    """What a published `config.json` says about the arguments of `make`; of a folder, its own.
+
+    known   what it may say besides shapes, with the value that is known here: with another one it would be another
+            network, of the very same names
+
+    Raises WeightsError.
+    """
+    stated = settings(path, f"a {make.__name__}")
+    for name, value in known.items():
+        if stated.get(name, value) != value:
+            raise WeightsError(f"{path}: {name} is {stated[name]!r}, which is not known here: {value!r} is")
+    return {name: stated[name] for name in signature(make).parameters if name in stated}
 
 
 def read_pickle(path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:

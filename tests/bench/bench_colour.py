@@ -39,7 +39,7 @@ from nanomed.metrics.scores import frechet_distance
 from nanomed.run import files
 from nanomed.run.hardware import keep_memory
 from nanomed.run.randomness import ImageNoise, seed_of
-from nanomed.training.optimizer import AdamW, clip_gradients
+from nanomed.training.optimizer import adamw, clip_gradients
 
 SIZE, HELD_OUT = 32, 10_000  # scenes from HELD_OUT on are for measuring
 
@@ -75,7 +75,7 @@ class Scenes:
 def train(system, stage: str, batch, steps: int, lr: float, decay: float = 0.0) -> float:
     """Train a stage with a cosine schedule; seconds."""
     params = system.trainable(stage)
-    optimizer = AdamW(params.values(), lr=lr, weight_decay=decay)
+    optimizer = adamw(params.values(), lr=lr, weight_decay=decay)
     start, total = time.monotonic(), 0.0
     for step in range(steps):
         torch.manual_seed(seed_of(stage, step))
@@ -178,7 +178,7 @@ def main() -> None:
         judged("base", draw(base, prompts), 0.0)
         for name, every in (("fine-tuned", 0), (f"fine-tuned, HLDF N = {config.every}", config.every)):
             system = copy.deepcopy(base)
-            system._settings |= dict(hldf_every=every, hldf_keep=8)  # memory is no matter here
+            system.hldf_every, system.hldf_keep = every, 8  # memory is no matter here
             torch.manual_seed(seed)
             system.adapt("adapters", 8)
             seconds = train(system, "adapters", lambda step, seed=seed: right.batch(config.batch, "tune", seed, step),

@@ -28,7 +28,7 @@ from nanomed.diffusion.guidance import guided
 from nanomed.run import cache
 from nanomed.run.hardware import autocast, keep_memory, peak_memory
 from nanomed.run.randomness import ImageNoise
-from nanomed.training.optimizer import AdamW, clip_gradients
+from nanomed.training.optimizer import adamw, clip_gradients
 
 
 def product_rate(device: torch.device, m: int, n: int, k: int, others: int = 1, times: int = 8) -> float:
@@ -68,7 +68,7 @@ class Step:
         self.images = torch.rand(config.batch, 3, 256, 256, device=self.device) * 2 - 1
         self.ids = torch.randint(0, 49408, (config.batch, 64), device=self.device)
         self.mask = torch.ones(config.batch, 64, dtype=torch.bool, device=self.device)
-        make = torch.optim.AdamW if self.peer else AdamW
+        make = torch.optim.AdamW if self.peer else adamw
         self.optimizer = make(self.params, lr=1e-6)
 
     def __call__(self, precision: str) -> float:

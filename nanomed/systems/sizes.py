@@ -1,0 +1,32 @@
+"""Other sizes than a system's own: what it draws is near in shape, scaled and cropped. Of PixArt's and Hunyuan-DiT's
+resolution binning."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# The sizes PixArt was trained on, height x width in sixteenths of the square's side, by rising height / width.
+BINS = """8x32 8x29 9x28 9x27 9x26 10x25 10x24 11x23 11x22 11x21 12x21 12x20 13x19 13x18 14x18 14x17 15x17 15x16 16x16
+16x15 17x15 17x14 18x14 18x13 19x13 20x12 21x12 22x11 23x11 24x10 25x10 27x9 32x8"""
+
+
+def binned(height: int, width: int, sample_size: int) -> tuple[int, int]:
+    """The trained size, in pixels, whose shape is nearest to height / width (as rounded to two decimals). Networks of
+    other sides than the published ones (256, 512, 1024 pixels) have no such table: the size as it is."""
+    if sample_size not in (32, 64, 128):
+        return height, width
+    sizes = [tuple(int(side) for side in size.split("x")) for size in BINS.split()]
+    rows, columns = min(sizes, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
+    unit = sample_size * 8 // 16
+    return rows * unit, columns * unit
+
+
+def cropped(images: Tensor, height: int, width: int) -> Tensor:
+    """Images scaled until they cover height x width, and their middle cut out."""
+    rows, columns = images.shape[2:]
+    if (rows, columns) == (height, width):
+        return images
+    ratio = max(height / rows, width / columns)
+    rows, columns = int(rows * ratio), int(columns * ratio)
+    images = F.interpolate(images, size=(rows, columns), mode="bilinear", align_corners=False)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return images[:, :, top : top + height, left : left + width]

@@ -1,0 +1,171 @@
+"""Several processes, and no waiting: two gloo processes train to the weights of one, a step asks the device nothing.
+
+The oracle is one process with the same samples of every step: `--accumulate 2` where two processes have one pass each.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from nanomed import systems
+from nanomed.run import flags, runs
+from nanomed.run.randomness import seed_all
+from nanomed.training.optimizer import INSIDE, Descent, LaidOutAdamW, adamw
+
+ROOT = Path(__file__).parents[1]
+COMMON = ["--data", "toy:12", "--batch", "2", "--steps", "20", "--save_every", "10", "--score_images", "0", "--valid",
+          "0.2", "--test_prompts", "", "--log_every", "10", "--views", "1"]  # fmt: skip
+PRESETS = {  # what each adds: self-conditioning has no tiny preset, so msdm-tiny stands for the plain U-Net
+    "msdm-tiny": [],
+    "medart-tiny": ["--hldf_every", "5"],
+    "kandinsky2-tiny": [],
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_processes_train_to_the_weights_of_one(preset, tmp_path, tmp_path_factory):
+    """Every stage, 20 steps, a validation in between: weights equal to 1e-5, relative to each tensor's largest value.
+    HLDF's recomputed nodes, adapters, and parameters without a gradient (the prior's deviation) are among them."""
+    models = []
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
+        more = ["--accumulate", "2"] if count == 1 else []
+        cache = tmp_path_factory.getbasetemp() / "processes-cache"
+        words = [*COMMON, *PRESETS[preset], *more, "--out", str(tmp_path / str(count)), "--cache", str(cache)]
+        done = subprocess.run(
+            [sys.executable, *launch, "train.py", "--model", preset, *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        models.append(runs.newest(tmp_path / str(count)) / "model")
+    files = sorted(path.relative_to(models[0]) for path in models[0].rglob("*.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        one, two = (load_file(model / file) for model in models)
+        for name in one:
+            error = (one[name] - two[name]).abs().max().item()
+            assert error <= 1e-5 * max(1.0, one[name].abs().max().item()), (file, name, error)
+
+
+# ------------------------------------------------------------------------------------------------------- no waiting
+
+
+class Questions(TorchDispatchMode):
+    """Counts how often the value of a tensor is asked for: on a GPU each time waits for all work before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["msdm-tiny", "medart-tiny", "kandinsky2-tiny"])
+def test_a_step_asks_the_device_nothing(preset):
+    """Forward, backward, clipping, optimizer and average, in every stage; HLDF's step too. `health` asks once."""
+    torch.manual_seed(0)
+    system = systems.build(preset)
+    batch = {"image": torch.rand(2, 3, system.size, system.size) * 2 - 1, "prompt": ["an image of a polyp", ""]}
+    for stage in system.stages:
+        if stage == "adapters":
+            system.adapt(stage, 2)
+        params = system.trainable(stage)
+        fields = (
+            {}
+            if stage == "vae"
+            else {
+                f: v
+                for kind, (_, make) in system.frozen(stage).items()
+                for f, v in make(batch["image" if kind == "image" else "prompt"]).items()
+            }
+        )
+        descent = Descent(params, weight_decay=0.01, average=0.9, fp16=False)
+        with Questions() as questions:
+            for step in range(2):
+                seed_all("step", step)
+                descent.backward(system(batch | fields, stage, step)["loss"])
+                norm, clipped = descent.step(1e-4, 1.0)
+        assert questions.asked == 0, stage
+        assert clipped and torch.isfinite(norm)
+        with questions:
+            assert descent.health(stage, 2) == 0
+
+
+def test_a_broken_step_changes_nothing_and_is_counted_where_it_is_asked():
+    """Weights, moments and the optimizer's own count of steps are those of a run without it, to the bit."""
+    torch.manual_seed(0)
+    start = torch.randn(5, 3)
+    found = []
+    for broken in (False, True):
+        param = torch.nn.Parameter(start.clone())
+        descent = Descent({"w": param}, weight_decay=0.1, average=0.0, fp16=False)
+        for step in range(4):
+            if broken and step == 2:
+                param.grad = torch.full_like(param, float("nan"))
+                descent.step(0.1, 1.0)
+            param.grad = torch.sin(torch.arange(15.0).view(5, 3) + step)
+            descent.step(0.1, 1.0)
+        assert descent.health("stage", 5) == broken
+        found.append([param.detach(), *(value for _, value in sorted(descent.optimizer.state[param].items()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    for _ in range(3):
+        param.grad = torch.full_like(param, float("inf"))
+        descent.step(0.1, 0.0)
+    with pytest.raises(FloatingPointError, match="stage: loss or gradient was not finite for 3 steps in a row"):
+        descent.health("stage", 8)
+
+
+def test_the_plain_adamw_takes_over_where_pytorchs_inside_is_another(monkeypatch):
+    """`LaidOutAdamW` overrides a private method. Were its arguments others, the stock optimizer would be used: slower
+    on channels-last weights of a CPU, and the same to the bit (test_training.py)."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    assert type(adamw([param], lr=0.1)) is LaidOutAdamW, f"PyTorch's _init_group no longer takes {INSIDE}"
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda self, group, lists: None)
+    assert type(adamw([param], lr=0.1)) is torch.optim.AdamW
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--batch 0", "--batch 0: out of range, which is >= 1"),
+        ("--steps 0", "--steps 0: out of range, which is >= 1"),
+        ("--lr -1", "--lr -1: out of range, which is > 0"),
+        ("--lr nan", "--lr nan: not a number"),
+        ("--clip inf", "--clip inf: not a number"),
+        ("--valid 1", "--valid 1: out of range, which is 0 ..< 1"),
+        ("--ema 1", "--ema 1: out of range, which is 0 ..< 1"),
+        ("--dropout 1.5", "--dropout 1.5: out of range, which is 0 .. 1"),
+        ("--precision fp8", "--precision fp8: choose fp32, bf16, fp16"),
+        ("--model nosuch", "--model nosuch: choose one of msdm, "),
+        ("--keep 0", "--keep 0: out of range, which is >= 1"),
+        ("--warmup -1", "--warmup -1: out of range, which is >= 0"),
+        ("--views 1.5", "--views 1.5: not a whole number"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_before_anything_is_made(words, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "runs"), *words.split()])
+    with pytest.raises(flags.UsageError) as refused:
+        train.main()
+    assert str(refused.value).startswith(said) and not list(tmp_path.iterdir())
+
+
+def test_help_ends_with_the_models_own_flags(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse(train.Config, ["--model", "medart", "--help"], systems.recipe, systems.options)
+    said = capsys.readouterr().out
+    assert said.index("checkpoints:") < said.index("options of Med-Art:") < said.index("--hldf_every")
+    with pytest.raises(SystemExit):
+        flags.parse(train.Config, ["--model", "msdm", "--help"], systems.recipe, systems.options)
+    assert "hldf" not in capsys.readouterr().out
