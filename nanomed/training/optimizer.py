@@ -125,8 +125,9 @@ def clip_gradients(params: Sequence[Tensor], limit: float) -> tuple[Tensor, int]
         norm = torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
     else:
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
-    if limit:
-        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    if limit and (norm.device.type != "cpu" or scale.numpy() < 1):  # a CPU can be asked for nothing, and saves a pass
+        torch._foreach_mul_(grads, scale)
     return norm, len(grads)
 
 
