@@ -24,10 +24,15 @@ from nanomed.metrics.networks import vit
 from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
-METRICS = ("fid", "kid", "is", "pr", "dc", "kfd", "hfd", "memorisation", "colour", "faithfulness", "classify")
+METRICS = (
+    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "memorisation", "colour", "faithfulness",
+    "classify",
+)  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
-OF_INCEPTION = {"fid", "kid", "is", "pr", "dc"}
+OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
+EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
+FOREIGN = ("kid", "pr", "dc", "authenticity", "vendi")  # to that protocol, which has FID and IS
 
 
 @dataclass
@@ -69,6 +74,7 @@ class Outcome:
     notes: list[str]  # what a reader should know of the images
     colours: dict[str, Colours]  # of every set
     nearest: memorisation.Memorisation | None = None
+    lacking: dict[str, str] = field(default_factory=dict)  # {metric: why it could not be measured}
 
     @property
     def results(self) -> Entries:
@@ -131,7 +137,7 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     where gradients are off.
 
     asked      names among METRICS, refused by name where the images do not allow them; empty: `sets.usual`, as far as
-               the images allow
+               the images allow; "all": whatever images and files allow, and the rest is said to be lacking
     """
     eyes = Eyes(settings, ranks)
     fake = eyes.look(sets.fake)
@@ -142,8 +148,11 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     if train is not None and not sets.held_out:
         sets.notes.append("the real images count as the training images, whose copies are looked for; else say --train")
     notes = [*sets.notes, *eyes.notes]
-    wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes)]
-    networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes)
+    lacking: dict[str, str] | None = {} if EVERYTHING in asked else None
+    asked = METRICS if EVERYTHING in asked else asked
+    wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes, lacking)]
+    networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes, lacking)
+    wanted = [name for name in wanted if name not in (lacking or {})]
     found = {
         name: {images.hashes: eyes.features(network, images) for images in _who(name, sets, wanted)}
         for name, network in networks.items()
@@ -152,16 +161,16 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     if not ranks.first:
         return None
 
-    outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()})
+    outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()}, lacking=lacking or {})
     if "memorisation" in wanted:
         try:
             outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
         except ValueError as error:  # too few held-out images once those that are training images are left out
-            if "memorisation" in asked:
+            if lacking is None and "memorisation" in asked:
                 raise DataError(f"--metrics memorisation: {error}") from None
             notes.append(f"memorisation is left out: {error}")
     if "faithfulness" in wanted:
-        outcome.shared |= _faithfulness(fake, asked)
+        outcome.shared |= _faithfulness(fake, asked if lacking is None else ())
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
@@ -180,8 +189,9 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
 # ------------------------------------------------------------------------------------------------ what can be measured
 
 
-def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list[str]) -> bool:
-    """Whether the images allow a metric. Where not, an error if it was asked for by name."""
+def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list[str], lacking) -> bool:
+    """Whether the images allow a metric. Where not, an error if it was asked for by name, unless what is lacking is
+    counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
     reason = ""
     if name in entries.LEAST or name in ("kfd", "hfd"):
@@ -190,7 +200,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
             least = len(sets.fake)
         if least < need:
             reason = f"needs at least {need} images in each set, and the smallest has {least}"
-        if settings.protocol == ORGANISERS and name in ("kid", "pr", "dc"):
+        if settings.protocol == ORGANISERS and name in FOREIGN:
             return False
     elif name == "memorisation":
         few = memorisation.FEWEST
@@ -207,6 +217,9 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
         without = [images.name for images in (sets.fake, *sets.reals.values()) if not images.labels]
         if without:
             reason = f"needs the class of every image, and {without[0]} has none: class folders, or a column label"
+    if reason and lacking is not None:
+        lacking[name] = reason
+        return False
     if reason and name in asked:
         raise DataError(f"--metrics {name} {reason}")
     if reason and name in OF_INCEPTION:
@@ -214,8 +227,9 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     return not reason
 
 
-def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]) -> dict[str, Extractor]:
-    """The networks that the metrics need: "main" for those of Inception, "kfd", "hfd"."""
+def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str], lacking) -> dict[str, Extractor]:
+    """The networks that the metrics need: "main" for those of Inception, "kfd", "hfd". What has no file is an error, or
+    counted as lacking."""
     found: dict[str, Extractor] = {}
     more = settings.weights, settings.batch, device
     if OF_INCEPTION & set(wanted) or "memorisation" in wanted:
@@ -231,13 +245,20 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
                 notes.append(f"{error}. Until then the toy world's own classifier stands in: good for comparing toy "
                              f"models only, and no FID")  # fmt: skip
                 found["main"] = stand_in
+            elif lacking is not None:
+                lacking |= {name: str(error) for name in wanted if name in OF_INCEPTION}
             elif OF_INCEPTION & set(wanted):
                 raise
             else:
                 notes.append(f"memorisation in pixels only: {error}")
     for name, repository in (("kfd", vit.KVASIR), ("hfd", vit.SKIN)):
         if name in wanted:
-            found[name] = extractors.vit(repository, *more)
+            try:
+                found[name] = extractors.vit(repository, *more)
+            except weights.WeightsNotFound as error:
+                if lacking is None:
+                    raise
+                lacking[name] = str(error)
     return found
 
 
@@ -274,11 +295,21 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     if "is" in wanted and "logits" in of_fake:
         logits = of_real["logits"] if settings.intervals else None
         first |= entries.inception_score(of_fake["logits"], logits, sets.protocol, main.network, len(real))
+    return first | _repeated(sets, wanted) | results
+
+
+def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:
+    """What is counted among neighbours and within a set, on the features of whichever network."""
+    results: Entries = {}
     if "pr" in wanted:
-        first |= sets.precision_recall()
+        results |= sets.precision_recall()
     if "dc" in wanted:
-        first |= sets.density_coverage()
-    return first | results
+        results |= sets.density_coverage()
+    if "authenticity" in wanted:
+        results |= sets.authenticity()
+    if "vendi" in wanted:
+        results |= sets.vendi()
+    return results
 
 
 def _measured(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings, device) -> entries.Measured:

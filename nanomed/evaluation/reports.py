@@ -30,7 +30,7 @@ def page(outcome: Outcome) -> str:
         lead,
         [
             ("Measures", webpage.measures(outcome.results)),
-            ("Notes", webpage.bullets(outcome.notes)),
+            ("Notes", webpage.bullets([*outcome.notes, *(f"not measured: {line}" for line in lacking(outcome))])),
             ("Real and generated", webpage.side_by_side(list(_rows(first, sets.fake)))),
             ("Nearest training images", _memorisation(outcome)),
             ("Colours", _colours(outcome)),
@@ -162,6 +162,14 @@ def _colours(outcome: Outcome) -> str:
     return webpage.charts(drawings)
 
 
+def lacking(outcome: Outcome) -> list[str]:
+    """What could not be measured and why, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in outcome.lacking.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
 def publish(outcome: Outcome, out: str | Path) -> str:
     """Write results.json, report.html and, where training images were looked for, nearest.jsonl; return what belongs
     on the terminal."""
@@ -175,4 +183,5 @@ def publish(outcome: Outcome, out: str | Path) -> str:
     lines = [papers_tables(outcome), "", table.full(outcome.results), ""]
     lines += [f"memorisation: {outcome.nearest.verdict}"] if outcome.nearest else []
     lines += [f"note: {note}" for note in outcome.notes]
+    lines += [f"not measured: {line}" for line in lacking(outcome)]
     return "\n".join([*lines, f"{out / 'results.json'}, {out / 'report.html'}"])

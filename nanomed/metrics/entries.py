@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.metrics import clef, colour, scores, uncertainty
+from nanomed.metrics import clef, colour, diversity, scores, uncertainty
 
 SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
 SUBSETS, SUBSET = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score
 K, K_COVERAGE = 3, 5  # neighbours of precision and recall, of density and coverage
-LEAST = {"fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1}  # images that a metric needs
+LEAST = {  # images that a metric needs
+    "fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1, "authenticity": 2, "vendi": 1
+}  # fmt: skip
 
 Entries = dict[str, dict]
 
@@ -85,6 +87,30 @@ class Measured:
             return scores.density_coverage(a, b, K_COVERAGE)
 
         return self._of_neighbours(("density", "coverage"), values, K_COVERAGE)
+
+    def authenticity(self) -> Entries:
+        """The share of fakes that are not too near a real image."""
+        entry = self._entry(diversity.authenticity(self.real, self.fake), "about 0.5 for new images of the same kind")
+        if self.sure and self.n >= 2 * GROUPS:
+            ends = uncertainty.interval(
+                diversity.authenticity, self.real, self.fake, groups=GROUPS, seed=self.seed, support=(0.0, 1.0)
+            )
+            entry |= interval(ends, jackknife(GROUPS))
+        return {"authenticity": entry | self._floor(diversity.authenticity)}
+
+    def vendi(self) -> Entries:
+        """The Vendi score of the fakes; its "floor" is the real images' own at the same N, what there is to reach."""
+        entry = self._entry(diversity.vendi(self.fake), "cosine")
+        if self.sure and len(self.fake) >= 2 * GROUPS:
+            ends = uncertainty.interval(
+                diversity.vendi, self.fake, groups=GROUPS, seed=self.seed, support=(1.0, len(self.fake))
+            )
+            entry |= interval(ends, jackknife(GROUPS))
+        if self.sure:
+            order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(self.seed))[: self.n]
+            own = diversity.vendi(self.real[order])
+            entry["floor"] = {"value": own, "method": "the Vendi score of real images", "n": self.n}
+        return {"Vendi score": entry}
 
     def _of_neighbours(self, names: Sequence[str], values: Callable, k: int) -> Entries:
         """Entries of numbers that one pass over all distances gives, with their intervals."""
