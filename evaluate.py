@@ -22,7 +22,7 @@ from nanomed.run.ranks import Ranks
 
 @dataclass
 class Config:
-    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B for both as one; "toy": fresh toy scenes
+    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B as one; toy: fresh scenes; FILE.npz of FID
     fake: str = ""  # generated images; with the manifest.jsonl of sample.py their prompts are known
     train: str = ""  # what the model was trained on, for memorisation and classify; empty: the real images
     prompts: str = ""  # file of prompts, row i for the i-th image by name; a column label gives classes
@@ -110,7 +110,7 @@ def chosen(config: Config) -> tuple[str, ...]:
 
 def find_sets(config: Config):
     """The sets (measuring.Sets) that the command line names; None when it asks for a paper's prompts, now written."""
-    from nanomed.evaluation import imagesets, measuring, papers
+    from nanomed.evaluation import imagesets, measuring, papers, statistics
 
     setup = None
     if config.paper:
@@ -130,8 +130,11 @@ def find_sets(config: Config):
             config.real.startswith("toy"), tuple(setup.metrics.split(",")), [setup.note],
         )  # fmt: skip
 
-    reals, found = {}, {}
+    reals, found, known = {}, {}, {}
     for name, specs in named(config.real).items():
+        if specs[0].endswith(".npz") and len(specs) == 1:
+            known[name] = statistics.read(specs[0])
+            continue
         for spec in specs:
             if spec == "toy":
                 found[spec] = imagesets.fresh_scenes(len(fake), imagesets.side_of(fake))
@@ -151,7 +154,7 @@ def find_sets(config: Config):
         for spec in found
         if (Path(spec) / "manifest.jsonl").is_file()
     ]
-    return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes)
+    return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes, statistics=known)
 
 
 def named(spec: str) -> dict[str, list[str]]:

@@ -714,3 +714,41 @@ def test_generated_images_as_the_real_ones_are_named(run, folders, tmp_path, cap
     assert "are --real and --fake exchanged?" in said
     run("--real", folders / "real", "--fake", drawn, "--metrics", "colour")
     assert "holds the manifest.jsonl" not in capsys.readouterr().out
+
+
+def test_statistics_of_pytorch_fid_and_clean_fid_stand_for_real_images(run, folders, network, tmp_path, capsys):
+    """mu and sigma of an .npz: FID is that to the images they are of, the rest is left out by name, and the page is
+    written without real pictures."""
+    with torch.inference_mode():
+        a, b = (inception_features(inception.load(network), arrays(folders / name))[0] for name in ("real", "fake"))
+    file = tmp_path / "real.npz"
+    np.savez(file, mu=a.double().numpy().mean(0), sigma=np.cov(a.double().numpy(), rowvar=False))
+    results = run("--real", f"published={file}", "--fake", folders / "fake")
+    assert results["FID"]["value"] == pytest.approx(scores.frechet_distance(a, b), rel=1e-6)
+    assert results["FID"]["protocol"] == "Inception pool3, tf, to statistics"
+    assert results["FID"]["real"] == files.sha256(file) and "floor" not in results["FID"]
+    assert results["FID"]["interval"]["low"] <= results["FID"]["value"] <= results["FID"]["interval"]["high"]
+    assert set(results) == {"FID"}
+    assert "pr is left out: it needs real images, and published holds statistics" in capsys.readouterr().out
+    both = run("--real", f"published={file},images={folders / 'real'}", "--fake", folders / "fake", "--metrics", "fid")
+    assert both["FID [published]"]["value"] == pytest.approx(both["FID [images]"]["value"], rel=1e-6)
+    with pytest.raises(DataError, match="--metrics pr needs real images"):
+        run("--real", file, "--fake", folders / "fake", "--metrics", "pr")
+
+
+def test_damaged_statistics_are_refused_by_name(run, folders, tmp_path):
+    def refused(match: str, **tables) -> None:
+        file = tmp_path / "bad.npz"
+        np.savez(file, **tables)
+        with pytest.raises(DataError, match=match):
+            run("--real", file, "--fake", folders / "fake", "--metrics", "fid")
+
+    refused("not a file of statistics", mean=np.zeros(3))
+    refused(r"mu \(3,\) and sigma \(2, 2\)", mu=np.zeros(3), sigma=np.eye(2))
+    refused("not finite", mu=np.array([1.0, np.nan]), sigma=np.eye(2))
+    refused("not symmetric", mu=np.zeros(2), sigma=np.array([[1.0, 2.0], [0.0, 1.0]]))
+    refused("have no distance to a mean", mu=np.zeros(2), sigma=np.eye(2))
+    refused("not a file of statistics", mu=np.array([{}], dtype=object), sigma=np.eye(2))  # a pickle is not opened
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(DataError, match="not a file of statistics"):
+        run("--real", tmp_path / "text.npz", "--fake", folders / "fake", "--metrics", "fid")

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from nanomed import weights
 from nanomed.data.table import DataError
 from nanomed.evaluation import extractors, imagesets, toyworld
 from nanomed.evaluation.imagesets import ImageSet, Survey
+from nanomed.evaluation.statistics import Statistics
 from nanomed.evaluation.store import Extractor, Store
 from nanomed.metrics import downstream, entries, memorisation, uncertainty
 from nanomed.metrics.colour import Colours
@@ -55,13 +56,14 @@ class Settings:
 class Sets:
     """What is compared with what."""
 
-    reals: dict[str, ImageSet]
+    reals: dict[str, ImageSet]  # empty where there are only statistics
     fake: ImageSet
     train: ImageSet | None = None  # what the model was trained on, where it is known
     held_out: bool = False  # whether the model has not seen the real images
     toy_world: bool = False
     usual: tuple[str, ...] = USUAL  # what is measured when nothing is asked for
     notes: list[str] = field(default_factory=list)
+    statistics: dict[str, Statistics] = field(default_factory=dict)  # of real images, from files
 
 
 @dataclass
@@ -144,7 +146,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     reals = {name: eyes.look(real) for name, real in sets.reals.items()}
     train = eyes.look(sets.train) if sets.train else None
     unseen = {digest for real in reals.values() for digest in real.hashes} - set(train.hashes if train else ())
-    sets = Sets(reals, fake, train, sets.held_out and bool(unseen), sets.toy_world, sets.usual, list(sets.notes))
+    held_out = sets.held_out and bool(unseen)
+    sets = replace(sets, reals=reals, fake=fake, train=train, held_out=held_out, notes=list(sets.notes))
     if train is not None and not sets.held_out:
         sets.notes.append("the real images count as the training images, whose copies are looked for; else say --train")
     notes = [*sets.notes, *eyes.notes]
@@ -183,6 +186,13 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             columns = eyes.survey(real).columns, eyes.survey(fake).columns
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
         outcome.runs[name] = {metric: entry | {"real": real.digest} for metric, entry in run.items()}
+    for name, known in sets.statistics.items():
+        if "fid" in wanted:
+            try:
+                entry = _to_statistics(networks["main"], found["main"], fake, known, settings, ranks.device)
+            except ValueError as error:
+                raise DataError(f"{fake.name} against {known.name}: {error}") from None
+            outcome.runs[name] = {label: values | {"real": known.digest} for label, values in entry.items()}
     return outcome
 
 
@@ -194,7 +204,9 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
     reason = ""
-    if name in entries.LEAST or name in ("kfd", "hfd"):
+    if not sets.reals and name not in ("fid", "faithfulness"):
+        reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
+    elif name in entries.LEAST or name in ("kfd", "hfd"):
         need = entries.LEAST.get(name, 2)
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
@@ -296,6 +308,18 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
         logits = of_real["logits"] if settings.intervals else None
         first |= entries.inception_score(of_fake["logits"], logits, sets.protocol, main.network, len(real))
     return first | _repeated(sets, wanted) | results
+
+
+def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Statistics, settings, device) -> Entries:
+    """The Frechet distance to the moments that a file holds."""
+    if settings.protocol == ORGANISERS:
+        raise ValueError(f"the protocol {ORGANISERS} is of class probabilities, and needs the real images")
+    features = found[fake.hashes]["features"].to(device)
+    mean, covariance = known.mean.to(device), known.covariance.to(device)
+    protocol = f"{network.name}, {network.protocol}"
+    label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
+    return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network,
+                                                 settings.intervals, settings.seed)}  # fmt: skip
 
 
 def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:

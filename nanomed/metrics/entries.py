@@ -148,6 +148,23 @@ class Measured:
         return _floor(*uncertainty.floor(statistic, self.real, self.n, self.seed))
 
 
+def frechet_to_statistics(
+    fake: Tensor, mean: Tensor, covariance: Tensor, protocol: str, network: str, sure: bool = True, seed: int = 0
+) -> dict:
+    """The entry of a Frechet distance to a mean (D,) and covariance (D, D) that a file holds: without a floor, and with
+    an interval that knows the generated images only."""
+
+    def value(features: Tensor) -> float:
+        return scores.frechet_to_moments(features, mean, covariance)
+
+    how = {"protocol": f"{protocol}, to statistics", "n_real": 0, "n_fake": len(fake), "network": network}
+    entry = {"value": value(fake)} | how | small(len(fake), biased=True)
+    if sure and len(fake) >= 2 * GROUPS:
+        ends = uncertainty.interval(value, fake, groups=GROUPS, seed=seed)
+        entry |= interval(ends, f"{jackknife(GROUPS)}, the real statistics as they are")
+    return entry
+
+
 def inception_score(logits: Tensor, of_real: Tensor | None, protocol: str, network: str, n_real: int) -> Entries:
     """The Inception Score of logits (N, classes); its "floor" is the real images' own score at the same N, which is
     rather a ceiling."""
