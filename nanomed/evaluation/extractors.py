@@ -3,14 +3,17 @@
 inception   pool3 and logits of the FID network: FID, KID, IS, precision and recall, density and coverage
 organisers  its 1000 class probabilities under imageclef2024
 vit         class tokens of a published classifier: KFD, HFD
+cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanomed import weights
@@ -19,8 +22,10 @@ from nanomed.metrics import clef, features
 from nanomed.metrics.networks import classifier
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
+from nanomed.text import clip_vision
 
 Device = torch.device | str
+CLIP = "openai/clip-vit-large-patch14-336"  # CMMD
 
 
 def inception(file: str, folder: str, protocol: str, batch: int, device: Device) -> Extractor:
@@ -58,6 +63,39 @@ def vit(repository: str, folder: str, batch: int, device: Device) -> Extractor:
         return {"features": transformers.classifier_features(network, images, batch)}
 
     return Extractor(f"{repository.rsplit('/', 1)[-1]} class token", "224", fingerprint, columns)
+
+
+def cmmd(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 768)}: image embeddings of the CLIP that CMMD is defined on, not normalised. Raises
+    WeightsNotFound with the download command."""
+    place = weights.find(CLIP, folder or None)
+    config = clip_vision.ClipVisionConfig.from_json(place)
+    mine = {name: t.float() for name, t in tensors(place).items() if name.startswith(("vision_model.", "visual_proj"))}
+    if "visual_projection.weight" in mine:  # a whole CLIP says its width outside of the tower's settings
+        config = replace(config, projection_dim=len(mine["visual_projection.weight"]))
+    network = weights.load(weights.build(clip_vision.ClipVision, config), mine).requires_grad_(False).eval()
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, lambda x: squashed(x, config.image_size), batch, device)}
+
+    return Extractor(f"{CLIP.rsplit('/', 1)[-1]} embedding", "bicubic, not antialiased", fingerprint, columns)
+
+
+def squashed(pixels: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) as CMMD's code brings them to CLIP: stretched to size x size, bicubic without antialiasing,
+    what overshoots [0, 1] left as it is, then CLIP's mean and deviation."""
+    x = F.interpolate(pixels.float() / 255, (size, size), mode="bicubic")
+    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (clip_vision.MEAN, clip_vision.STD))
+    return (x - mean) / std
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Those of a repository's safetensors, or of its `pytorch_model.bin` where there are none."""
+    pickle = folder / transformers.PICKLE
+    return weights.read_pickle(pickle) if pickle.is_file() and not any(folder.glob("model*.safetensors*")) else (
+        weights.read(folder, "model"))  # fmt: skip
 
 
 def stand_in(folder: str, batch: int, device: Device) -> Extractor | None:

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,16 @@ from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
-    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "memorisation", "colour", "faithfulness",
-    "classify",
+    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "cmmd", "memorisation", "colour",
+    "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
+OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a folder of weights, a batch, a device
+    "kfd": partial(extractors.vit, vit.KVASIR),
+    "hfd": partial(extractors.vit, vit.SKIN),
+    "cmmd": extractors.cmmd,
+}
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
 FOREIGN = ("kid", "pr", "dc", "authenticity", "vendi")  # to that protocol, which has FID and IS
@@ -206,7 +212,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     reason = ""
     if not sets.reals and name not in ("fid", "faithfulness"):
         reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
-    elif name in entries.LEAST or name in ("kfd", "hfd"):
+    elif name in entries.LEAST or name in OF_THEIR_OWN:
         need = entries.LEAST.get(name, 2)
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
@@ -240,8 +246,8 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
 
 
 def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str], lacking) -> dict[str, Extractor]:
-    """The networks that the metrics need: "main" for those of Inception, "kfd", "hfd". What has no file is an error, or
-    counted as lacking."""
+    """The networks that the metrics need: "main" for those of Inception, the others by their metric. What
+    has no file is an error, or counted as lacking."""
     found: dict[str, Extractor] = {}
     more = settings.weights, settings.batch, device
     if OF_INCEPTION & set(wanted) or "memorisation" in wanted:
@@ -263,10 +269,10 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
                 raise
             else:
                 notes.append(f"memorisation in pixels only: {error}")
-    for name, repository in (("kfd", vit.KVASIR), ("hfd", vit.SKIN)):
+    for name, make in OF_THEIR_OWN.items():
         if name in wanted:
             try:
-                found[name] = extractors.vit(repository, *more)
+                found[name] = make(*more)
             except weights.WeightsNotFound as error:
                 if lacking is None:
                     raise
@@ -290,6 +296,8 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     for key, label in (("kfd", "KFD"), ("hfd", "HFD")):
         if key in networks:
             results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
+    if "cmmd" in networks:
+        results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
     main = networks.get("main")
     if main is None:
         return results

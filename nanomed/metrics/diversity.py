@@ -49,16 +49,13 @@ def vendi(features: Tensor) -> float:
     """
     scores.check(1, features)
     n, width = features.shape
-    lengths = torch.cat([rows.double().norm(dim=1, keepdim=True) for rows in features.split(scores.BLOCK)])
-    if not lengths.all():
-        raise ValueError(f"features of image {lengths.flatten().argmin().item()} are all 0, so it has no direction")
     if n <= width:
-        unit = features.double() / lengths
+        unit = scores.unit(features.double())
         gram = unit @ unit.T
     else:
         gram = features.new_zeros(width, width, dtype=torch.float64)
-        for rows, length in zip(features.split(scores.BLOCK), lengths.split(scores.BLOCK)):
-            unit = rows.double() / length
+        for start in range(0, n, scores.BLOCK):
+            unit = scores.unit(features[start : start + scores.BLOCK].double())
             gram.addmm_(unit.T, unit)
     values = torch.linalg.eigvalsh(gram / n).clamp(min=0)
     return torch.special.entr(values).sum().exp().item()

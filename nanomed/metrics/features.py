@@ -105,6 +105,19 @@ def inception_features(
     return torch.cat(features), torch.cat(logits)
 
 
+def embedded(
+    network: Callable[[Tensor], Tensor],
+    images: Iterable[np.ndarray],
+    resize: Callable[[Tensor], Tensor],
+    batch: int = 32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Features (N, D) that `network` gives for uint8 images of any sizes, once `resize` has brought them to it; on the
+    CPU in float32, (0, 0) for no images."""
+    found = [network(x).float().cpu() for x in resized(images, resize, batch, device)]
+    return torch.cat(found) if found else torch.empty(0, 0)
+
+
 def toy_features(network: classifier.ToyClassifier, images: Iterable[np.ndarray], batch: int = 64) -> Tensor:
     """Features (N, 128) of the toy classifier for uint8 images of any size."""
 
