@@ -3,6 +3,7 @@
 inception   pool3 and logits of the FID network: FID, KID, IS, precision and recall, density and coverage
 organisers  its 1000 class probabilities under imageclef2024
 vit         class tokens of a published classifier: KFD, HFD
+dino        class tokens of DINOv2: FD-DINOv2, and neighbours among them
 cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from nanomed import weights
 from nanomed.evaluation.store import Extractor
 from nanomed.metrics import clef, features
-from nanomed.metrics.networks import classifier
+from nanomed.metrics.networks import classifier, dinov2
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
 from nanomed.text import clip_vision
@@ -63,6 +64,23 @@ def vit(repository: str, folder: str, batch: int, device: Device) -> Extractor:
         return {"features": transformers.classifier_features(network, images, batch)}
 
     return Extractor(f"{repository.rsplit('/', 1)[-1]} class token", "224", fingerprint, columns)
+
+
+def dino(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 1024)} of DINOv2 ViT-L/14: the repository, or the hub's file where that is there. Raises
+    WeightsNotFound with the download command."""
+    try:
+        place = weights.find(dinov2.HUB, folder or None)
+    except weights.WeightsNotFound:
+        place = weights.find(dinov2.REPOSITORY, folder or None)
+    network = dinov2.load(place)
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, features.for_dino, batch, device)}
+
+    return Extractor("DINOv2 class token", "224, bicubic", fingerprint, columns)
 
 
 def cmmd(folder: str, batch: int, device: Device) -> Extractor:

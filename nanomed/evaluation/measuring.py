@@ -27,14 +27,15 @@ from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
-    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "cmmd", "memorisation", "colour",
-    "faithfulness", "classify",
+    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "memorisation",
+    "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
 OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a folder of weights, a batch, a device
     "kfd": partial(extractors.vit, vit.KVASIR),
     "hfd": partial(extractors.vit, vit.SKIN),
+    "dino": extractors.dino,
     "cmmd": extractors.cmmd,
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
@@ -213,7 +214,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     if not sets.reals and name not in ("fid", "faithfulness"):
         reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
     elif name in entries.LEAST or name in OF_THEIR_OWN:
-        need = entries.LEAST.get(name, 2)
+        need = entries.LEAST.get("dc" if name == "dino" else name, 2)
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
         if least < need:
@@ -296,6 +297,11 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     for key, label in (("kfd", "KFD"), ("hfd", "HFD")):
         if key in networks:
             results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
+    if "dino" in networks:
+        dino = _measured(networks["dino"], found["dino"], real, fake, settings, device)
+        results |= dino.frechet("FD-DINOv2")
+        among = _repeated(dino, ["pr", "dc", *({"authenticity", "vendi"} & set(wanted))])
+        results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
     if "cmmd" in networks:
         results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
     main = networks.get("main")
