@@ -4,6 +4,7 @@ inception   pool3 and logits of the FID network: FID, KID, IS, precision and rec
 organisers  its 1000 class probabilities under imageclef2024
 vit         class tokens of a published classifier: KFD, HFD
 dino        class tokens of DINOv2: FD-DINOv2, and neighbours among them
+swav        pooled features of SwAV's ResNet-50
 cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from nanomed import weights
 from nanomed.evaluation.store import Extractor
 from nanomed.metrics import clef, features
-from nanomed.metrics.networks import classifier, dinov2
+from nanomed.metrics.networks import classifier, dinov2, resnet
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
 from nanomed.text import clip_vision
@@ -81,6 +82,21 @@ def dino(folder: str, batch: int, device: Device) -> Extractor:
         return {"features": features.embedded(network, images, features.for_dino, batch, device)}
 
     return Extractor("DINOv2 class token", "224, bicubic", fingerprint, columns)
+
+
+def swav(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 2048)} of SwAV's ResNet-50. Raises WeightsNotFound with the download command."""
+    network = resnet.load(weights.find(resnet.FILE, folder or None))
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def see(pixels: Tensor) -> Tensor:  # images of other shapes stay so, and only features of them go together
+        return network(features.for_swav(pixels).contiguous(memory_format=torch.channels_last))
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(torch.nn.Identity(), images, see, batch, device)}
+
+    return Extractor("SwAV ResNet-50 pool", "shorter side 224, bilinear", fingerprint, columns)
 
 
 def cmmd(folder: str, batch: int, device: Device) -> Extractor:

@@ -27,8 +27,8 @@ from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
-    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "memorisation",
-    "colour", "faithfulness", "classify",
+    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
+    "memorisation", "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
@@ -37,6 +37,7 @@ OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a 
     "hfd": partial(extractors.vit, vit.SKIN),
     "dino": extractors.dino,
     "cmmd": extractors.cmmd,
+    "swav": extractors.swav,
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
@@ -294,7 +295,7 @@ def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
 def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings, device) -> Entries:
     """Everything that compares features of one real set with those of the generated images."""
     results: Entries = {}
-    for key, label in (("kfd", "KFD"), ("hfd", "HFD")):
+    for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD")):
         if key in networks:
             results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
     if "dino" in networks:

@@ -76,6 +76,16 @@ def for_dino(pixels: Tensor) -> Tensor:
     return imagenet(pillow(pixels, 224, 224, Image.Resampling.BICUBIC))
 
 
+def for_swav(pixels: Tensor) -> Tensor:
+    """As dgm-eval brings images to SwAV: their shorter side to 224, bilinear; the longer one as it comes."""
+    height, width = pixels.shape[-2:]
+    if width <= height:
+        size = int(224 * height / width), 224
+    else:
+        size = 224, int(224 * width / height)
+    return imagenet(pillow(pixels, *size, Image.Resampling.BILINEAR))
+
+
 PROTOCOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "tf": _tf,
     "pytorch-fid": _pytorch_fid,
