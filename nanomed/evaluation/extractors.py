@@ -6,28 +6,35 @@ vit         class tokens of a published classifier: KFD, HFD
 dino        class tokens of DINOv2: FD-DINOv2, and neighbours among them
 swav        pooled features of SwAV's ResNet-50
 cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
+fbd         image embeddings of BiomedCLIP
+clip        image embeddings of CLIP ViT-B/32, which CLIPScore takes the cosine of with those of the prompts
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from nanomed import weights
 from nanomed.evaluation.store import Extractor
 from nanomed.metrics import clef, features
-from nanomed.metrics.networks import classifier, dinov2, resnet
+from nanomed.metrics.networks import biomedclip, classifier, dinov2, resnet
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
 from nanomed.text import clip_vision
+from nanomed.text.clip import ClipText, ClipTextConfig
+from nanomed.text.tokenizers import ClipTokenizer
 
 Device = torch.device | str
 CLIP = "openai/clip-vit-large-patch14-336"  # CMMD
+CLIP_SCORE = "openai/clip-vit-base-patch32"  # CLIPScore
+SAID = "A photo depicts "  # what CLIPScore puts before a prompt
 
 
 def inception(file: str, folder: str, protocol: str, batch: int, device: Device) -> Extractor:
@@ -102,17 +109,12 @@ def swav(folder: str, batch: int, device: Device) -> Extractor:
 def cmmd(folder: str, batch: int, device: Device) -> Extractor:
     """{"features": (N, 768)}: image embeddings of the CLIP that CMMD is defined on, not normalised. Raises
     WeightsNotFound with the download command."""
-    place = weights.find(CLIP, folder or None)
-    config = clip_vision.ClipVisionConfig.from_json(place)
-    mine = {name: t.float() for name, t in tensors(place).items() if name.startswith(("vision_model.", "visual_proj"))}
-    if "visual_projection.weight" in mine:  # a whole CLIP says its width outside of the tower's settings
-        config = replace(config, projection_dim=len(mine["visual_projection.weight"]))
-    network = weights.load(weights.build(clip_vision.ClipVision, config), mine).requires_grad_(False).eval()
-    fingerprint = weights.fingerprint(network)
+    network = image_tower(weights.find(CLIP, folder or None))
+    fingerprint, size = weights.fingerprint(network), network.config.image_size
     network.to(device)
 
     def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
-        return {"features": features.embedded(network, images, lambda x: squashed(x, config.image_size), batch, device)}
+        return {"features": features.embedded(network, images, lambda x: squashed(x, size), batch, device)}
 
     return Extractor(f"{CLIP.rsplit('/', 1)[-1]} embedding", "bicubic, not antialiased", fingerprint, columns)
 
@@ -123,6 +125,59 @@ def squashed(pixels: Tensor, size: int) -> Tensor:
     x = F.interpolate(pixels.float() / 255, (size, size), mode="bicubic")
     mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (clip_vision.MEAN, clip_vision.STD))
     return (x - mean) / std
+
+
+def fbd(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 512)}: BiomedCLIP's image embeddings, not normalised. Raises WeightsNotFound with the download
+    command."""
+    network = biomedclip.load(weights.find(biomedclip.REPOSITORY, folder or None))
+    fingerprint, size = weights.fingerprint(network), network.config.image_size
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, lambda x: cropped(x, size), batch, device)}
+
+    return Extractor("BiomedCLIP embedding", "224, bicubic, centre crop", fingerprint, columns)
+
+
+def clip(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 512)}: image embeddings of the CLIP that CLIPScore is published with. Raises WeightsNotFound."""
+    network = image_tower(weights.find(CLIP_SCORE, folder or None))
+    fingerprint, size = weights.fingerprint(network), network.config.image_size
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, lambda x: cropped(x, size), batch, device)}
+
+    return Extractor("CLIP ViT-B/32 embedding", "224, bicubic, centre crop", fingerprint, columns)
+
+
+def clip_prompts(prompts: Sequence[str], folder: str, batch: int, device: Device) -> Tensor:
+    """Embeddings (N, 512) of prompts by the text tower beside `clip`, after "A photo depicts " as in CLIPScore; cut at
+    77 tokens. On the CPU."""
+    place = weights.find(CLIP_SCORE, folder or None)
+    mine = {name: t.float() for name, t in tensors(place).items() if name.startswith(("text_model.", "text_proj"))}
+    config = ClipTextConfig.from_json(place)
+    if "text_projection.weight" in mine:
+        config = replace(config, projection_dim=len(mine["text_projection.weight"]))
+    tower = weights.load(weights.build(ClipText, config, projection=True), mine).requires_grad_(False).eval().to(device)
+    ids, _ = ClipTokenizer.from_folder(place)([SAID + said for said in prompts], config.max_position_embeddings)
+    return torch.cat([tower.features(part.to(device)).embeds.cpu() for part in ids.split(batch)])
+
+
+def image_tower(place: Path) -> clip_vision.ClipVision:
+    """The image tower of a whole published CLIP, ready to run."""
+    config = clip_vision.ClipVisionConfig.from_json(place)
+    mine = {name: t.float() for name, t in tensors(place).items() if name.startswith(("vision_model.", "visual_proj"))}
+    if "visual_projection.weight" in mine:  # a whole CLIP says its width outside of the tower's settings
+        config = replace(config, projection_dim=len(mine["visual_projection.weight"]))
+    return weights.load(weights.build(clip_vision.ClipVision, config), mine).requires_grad_(False).eval()
+
+
+def cropped(pixels: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) by CLIP's own preprocessing: shorter side to `size`, bicubic, and the middle of it."""
+    images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return torch.stack([clip_vision.preprocess(Image.fromarray(x), size) for x in images]).to(pixels.device)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

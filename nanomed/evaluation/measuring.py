@@ -19,7 +19,7 @@ from nanomed.evaluation import extractors, imagesets, toyworld
 from nanomed.evaluation.imagesets import ImageSet, Survey
 from nanomed.evaluation.statistics import Statistics
 from nanomed.evaluation.store import Extractor, Store
-from nanomed.metrics import downstream, entries, memorisation, uncertainty
+from nanomed.metrics import downstream, entries, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
 from nanomed.metrics.networks import vit
@@ -28,7 +28,7 @@ from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
     "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
-    "memorisation", "colour", "faithfulness", "classify",
+    "fbd", "clip", "memorisation", "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
@@ -38,6 +38,8 @@ OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a 
     "dino": extractors.dino,
     "cmmd": extractors.cmmd,
     "swav": extractors.swav,
+    "fbd": extractors.fbd,
+    "clip": extractors.clip,
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
@@ -182,6 +184,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             notes.append(f"memorisation is left out: {error}")
     if "faithfulness" in wanted:
         outcome.shared |= _faithfulness(fake, asked if lacking is None else ())
+    if "clip" in networks:
+        outcome.shared |= _clip_score(sets, networks["clip"], found["clip"], settings, ranks.device)
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
@@ -212,9 +216,9 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
     reason = ""
-    if not sets.reals and name not in ("fid", "faithfulness"):
+    if not sets.reals and name not in ("fid", "faithfulness", "clip"):
         reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
-    elif name in entries.LEAST or name in OF_THEIR_OWN:
+    elif name in entries.LEAST or name in OF_THEIR_OWN and name != "clip":
         need = entries.LEAST.get("dc" if name == "dino" else name, 2)
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
@@ -230,7 +234,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
             reason = f"needs at least {few} training images, and {sets.train.name} has {len(sets.train)}"
         elif sets.held_out and sum(map(len, sets.reals.values())) < few:
             reason = f"needs at least {few} held-out images"
-    elif name == "faithfulness":
+    elif name in ("faithfulness", "clip"):
         if not sets.fake.prompts:
             reason = f"needs the prompts of {sets.fake.name}: --prompts FILE, or the manifest.jsonl of sample.py"
     elif name == "classify":
@@ -295,7 +299,7 @@ def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
 def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings, device) -> Entries:
     """Everything that compares features of one real set with those of the generated images."""
     results: Entries = {}
-    for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD")):
+    for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD"), ("fbd", "FBD")):
         if key in networks:
             results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
     if "dino" in networks:
@@ -392,6 +396,21 @@ def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
     if not judged and "faithfulness" in asked:
         raise DataError(f"--metrics faithfulness: no prompt of {fake.name} is of the toy world's grammar")
     return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
+
+
+def _clip_score(sets: Sets, network: Extractor, found: dict, settings, device) -> Entries:
+    """Agreement of every generated image with its first prompt; beside it the real ones', where they have any."""
+
+    def pairs(images: ImageSet) -> tuple[Tensor, Tensor]:
+        places: dict[str, int] = {}  # each prompt once
+        rows = [places.setdefault(prompts[0], len(places)) for prompts in images.prompts]
+        texts = extractors.clip_prompts(list(places), settings.weights, settings.batch, device)
+        return found[images.hashes]["features"], texts[rows]
+
+    told = [real for real in sets.reals.values() if real.prompts]
+    own = torch.cat([scores.clip_scores(*pairs(real)) for real in told]) if told and settings.intervals else None
+    protocol = f"{network.name}, {network.protocol}, first prompt"
+    return entries.clip_score(*pairs(sets.fake), protocol, network.network, own)
 
 
 def classify(sets: Sets, settings: Settings, device: torch.device | str = "cpu") -> Entries:

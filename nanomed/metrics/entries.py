@@ -194,6 +194,20 @@ def inception_score(logits: Tensor, of_real: Tensor | None, protocol: str, netwo
     return {"IS": entry | small(len(logits))}
 
 
+def clip_score(
+    images: Tensor, texts: Tensor, protocol: str, network: str, of_real: Tensor | None = None, name: str = "CLIPScore"
+) -> Entries:
+    """CLIPScore (Hessel et al. 2021): the mean over images of 2.5 max(cos(image, prompt), 0), from embeddings (N, D) of
+    both; `of_real` are the scores (M,) of real images and their own prompts."""
+    each = scores.clip_scores(images, texts)
+    entry = {"value": each.mean().item(), "protocol": protocol, "n_real": 0, "n_fake": len(each), "network": network}
+    if len(each) >= 2:
+        entry |= interval(uncertainty.mean_interval(each), "Student's t over the images")
+    if of_real is not None:
+        entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
+    return {name: entry | small(len(each))}
+
+
 def imageclef2024(real: Tensor, fake: Tensor, network: str, sure: bool = True, seed: int = 0) -> Entries:
     """The organisers' numbers from class probabilities (N, 1000): FID in [0, 2], mean, deviation and median of the IS.
 

@@ -237,6 +237,14 @@ def unit(features: Tensor) -> Tensor:
     return features / lengths.to(features.dtype)
 
 
+def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
+    """2.5 max(cos, 0) of every image's embedding (N, D) and its prompt's (N, D) (Hessel et al. 2021, eq. 1); (N,)."""
+    check(1, images, texts)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images have no score with {len(texts)} prompts")
+    return 2.5 * (unit(images).double() * unit(texts).double()).sum(1).clamp(min=0)
+
+
 def tiles(n: int, m: int, mirrored: bool = False, block: int = BLOCK) -> Iterator[tuple[slice, slice]]:
     """Tiles of an n x m table as (rows, columns); of a symmetric table, those on and above the diagonal."""
     for top in range(0, n, block):
