@@ -22,12 +22,12 @@ from nanomed.run.ranks import Ranks
 
 @dataclass
 class Config:
-    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B for both as one; "toy": fresh toy scenes
+    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B as one; toy: fresh scenes; FILE.npz of FID
     fake: str = ""  # generated images; with the manifest.jsonl of sample.py their prompts are known
     train: str = ""  # what the model was trained on, for memorisation and classify; empty: the real images
     prompts: str = ""  # file of prompts, row i for the i-th image by name; a column label gives classes
     out: str = "results"  # folder for results.json and report.html
-    metrics: str = ""  # fid,kid,is,pr,dc,kfd,hfd,memorisation,colour,faithfulness,classify; empty: what can be measured
+    metrics: str = ""  # such as fid,kid,pr,dino,frd (a name that is none lists them), or all; empty: the usual ones
     protocol: str = "tf"  # tf (the papers) | pytorch-fid | clean | torchmetrics (>= 1.8) | imageclef2024
     paper: str = ""  # mmcp | medart: the paper's own choice of prompts and real images
     compare: str = ""  # results to put side by side: folders or NAME=FOLDER
@@ -67,8 +67,13 @@ def main() -> None:
         outcome = measuring.measure(sets, asked, settings, ranks)
     if outcome is None:  # only the first rank computes
         return
-    if "classify" in asked:
-        outcome.shared |= measuring.classify(outcome.sets, settings, ranks.device)
+    if "classify" in asked or (measuring.EVERYTHING in asked and "classify" not in outcome.lacking):
+        try:
+            outcome.shared |= measuring.classify(outcome.sets, settings, ranks.device)
+        except FileNotFoundError as error:  # of the network that it starts from
+            if "classify" in asked:
+                raise
+            outcome.lacking["classify"] = str(error)
     print(reports.publish(outcome, config.out))
 
 
@@ -83,7 +88,7 @@ def gathered(words: list[str]) -> list[str]:
 
 def chosen(config: Config) -> tuple[str, ...]:
     """The metrics to measure."""
-    from nanomed.evaluation.measuring import METRICS, ORGANISERS
+    from nanomed.evaluation.measuring import EVERYTHING, FOREIGN, METRICS, ORGANISERS
     from nanomed.metrics.features import PROTOCOLS
 
     protocols = (*PROTOCOLS, ORGANISERS)
@@ -93,9 +98,9 @@ def chosen(config: Config) -> tuple[str, ...]:
     if config.paper not in ("", "mmcp", "medart"):
         raise UsageError(f"--paper {config.paper}: choose mmcp or medart")
     asked = tuple(name.strip() for name in config.metrics.split(",") if name.strip())
-    if unknown := [name for name in asked if name not in METRICS]:
-        raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}")
-    if config.protocol == ORGANISERS and (foreign := {"kid", "pr", "dc"} & set(asked)):
+    if unknown := [name for name in asked if name not in (*METRICS, EVERYTHING)]:
+        raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}, or all")
+    if config.protocol == ORGANISERS and (foreign := set(FOREIGN) & set(asked)):
         raise UsageError(f"--metrics {min(foreign)}: the protocol imageclef2024 has fid and is alone")
     return asked
 
@@ -105,7 +110,7 @@ def chosen(config: Config) -> tuple[str, ...]:
 
 def find_sets(config: Config):
     """The sets (measuring.Sets) that the command line names; None when it asks for a paper's prompts, now written."""
-    from nanomed.evaluation import imagesets, measuring, papers
+    from nanomed.evaluation import imagesets, measuring, papers, statistics
 
     setup = None
     if config.paper:
@@ -125,8 +130,11 @@ def find_sets(config: Config):
             config.real.startswith("toy"), tuple(setup.metrics.split(",")), [setup.note],
         )  # fmt: skip
 
-    reals, found = {}, {}
+    reals, found, known = {}, {}, {}
     for name, specs in named(config.real).items():
+        if specs[0].endswith(".npz") and len(specs) == 1:
+            known[name] = statistics.read(specs[0])
+            continue
         for spec in specs:
             if spec == "toy":
                 found[spec] = imagesets.fresh_scenes(len(fake), imagesets.side_of(fake))
@@ -140,7 +148,13 @@ def find_sets(config: Config):
         distinct = [images for spec, images in found.items() if spec != "toy"]
         train = imagesets.union("real", distinct) if len(distinct) > 1 else distinct[0] if distinct else None
     toy_world = any(spec.startswith("toy") for spec in found)
-    return measuring.Sets(reals, fake, train, bool(config.train), toy_world)
+    notes = [
+        f"{spec} holds the manifest.jsonl of sample.py, which lies beside generated images: "
+        + ("are these real?" if (folder / "manifest.jsonl").is_file() else "are --real and --fake exchanged?")
+        for spec in found
+        if (Path(spec) / "manifest.jsonl").is_file()
+    ]
+    return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes, statistics=known)
 
 
 def named(spec: str) -> dict[str, list[str]]:

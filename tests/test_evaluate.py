@@ -20,13 +20,14 @@ from nanomed.data import clef, toy
 from nanomed.data.table import DataError
 from nanomed.evaluation import final, imagesets, measuring, toyworld
 from nanomed.metrics import clef as organisers
-from nanomed.metrics import entries, features, scores
+from nanomed.metrics import diversity, entries, features, scores
 from nanomed.metrics.features import inception_features
 from nanomed.metrics.networks import inception, vit
 from nanomed.run import files
 from nanomed.run.flags import UsageError
 
 ROOT = Path(__file__).parents[1]
+OWN: set[str] = set()  # metrics that need no file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -664,3 +665,90 @@ def test_a_union_knows_what_all_of_its_parts_know(folders):
     assert len(both) == 52 and both.title(40) == "000.jpg" and (both.image(40) == b.image(0)).all()
     assert both.prompts == () and both.digest != a.digest
     assert isinstance(measuring.Sets({"a": a}, b).usual, tuple)
+
+
+# ------------------------------------------------------------------------------------------- beyond the usual measures
+
+
+def test_authenticity_and_vendi_are_measured_on_the_same_features(run, folders, network, passes):
+    """With an interval each; beside it, what real images score against each other, or by themselves."""
+    results = run("--real", folders / "real", "--fake", folders / "fake", "--metrics", "authenticity,vendi")
+    with torch.inference_mode():
+        a, b = (inception_features(inception.load(network), arrays(folders / name))[0] for name in ("real", "fake"))
+    assert results["authenticity"]["value"] == diversity.authenticity(a, b)
+    assert results["Vendi score"]["value"] == pytest.approx(diversity.vendi(b), rel=1e-6)
+    for entry in results.values():
+        assert entry["interval"]["low"] <= entry["value"] <= entry["interval"]["high"]
+        assert entry["floor"]["n"] == 20 and "below 2,048" in entry["flag"]
+    assert results["Vendi score"]["floor"]["method"] == "the Vendi score of real images"
+
+
+def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys):
+    """Every metric has entries or a line at the end, with the one command or flag that it needs."""
+    results = run("--real", folders / "real", "--fake", folders / "fake", "--metrics", "all", "--intervals", "false")
+    assert {"FID", "KID", "IS", "precision", "density", "authenticity", "Vendi score"} <= set(results)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured: ")]
+    lines = "\n".join(said)
+    assert "kfd: mmuratarat/kvasir-v2-classifier was not found" in lines and "hf download mmuratarat/kvasir" in lines
+    assert "faithfulness: needs the prompts" in lines and "classify: needs the class of every image" in lines
+    named = {name.strip() for line in said for name in line.removeprefix("not measured: ").split(": ")[0].split(",")}
+    measured = {name for name in measuring.METRICS if name not in named}
+    assert measured == {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "memorisation", "colour", *OWN}
+
+
+def test_without_the_inception_file_all_goes_on(run, folders, capsys):
+    results = run("--real", folders / "real", "--fake", folders / "fake", "--metrics", "all", "--intervals", "false",
+                  inception=False)  # fmt: skip
+    assert "colour mean distance" in results and "FID" not in results
+    said = capsys.readouterr().out
+    assert "not measured: fid, kid, is, pr, dc, authenticity, vendi: FID needs the Inception network: put" in said
+
+
+def test_generated_images_as_the_real_ones_are_named(run, folders, tmp_path, capsys):
+    drawn = tmp_path / "drawn"
+    shutil.copytree(folders / "fake", drawn)
+    lines = [json.dumps({"file": path.name, "prompt": "a polyp"}) for path in sorted(drawn.iterdir())]
+    (drawn / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    run("--real", drawn, "--fake", folders / "real", "--metrics", "colour")
+    assert f"{drawn} holds the manifest.jsonl of sample.py" in (said := capsys.readouterr().out)
+    assert "are --real and --fake exchanged?" in said
+    run("--real", folders / "real", "--fake", drawn, "--metrics", "colour")
+    assert "holds the manifest.jsonl" not in capsys.readouterr().out
+
+
+def test_statistics_of_pytorch_fid_and_clean_fid_stand_for_real_images(run, folders, network, tmp_path, capsys):
+    """mu and sigma of an .npz: FID is that to the images they are of, the rest is left out by name, and the page is
+    written without real pictures."""
+    with torch.inference_mode():
+        a, b = (inception_features(inception.load(network), arrays(folders / name))[0] for name in ("real", "fake"))
+    file = tmp_path / "real.npz"
+    np.savez(file, mu=a.double().numpy().mean(0), sigma=np.cov(a.double().numpy(), rowvar=False))
+    results = run("--real", f"published={file}", "--fake", folders / "fake")
+    assert results["FID"]["value"] == pytest.approx(scores.frechet_distance(a, b), rel=1e-6)
+    assert results["FID"]["protocol"] == "Inception pool3, tf, to statistics"
+    assert results["FID"]["real"] == files.sha256(file) and "floor" not in results["FID"]
+    assert results["FID"]["interval"]["low"] <= results["FID"]["value"] <= results["FID"]["interval"]["high"]
+    assert set(results) == {"FID"}
+    assert "pr is left out: it needs real images, and published holds statistics" in capsys.readouterr().out
+    both = run("--real", f"published={file},images={folders / 'real'}", "--fake", folders / "fake", "--metrics", "fid")
+    assert both["FID [published]"]["value"] == pytest.approx(both["FID [images]"]["value"], rel=1e-6)
+    with pytest.raises(DataError, match="--metrics pr needs real images"):
+        run("--real", file, "--fake", folders / "fake", "--metrics", "pr")
+
+
+def test_damaged_statistics_are_refused_by_name(run, folders, tmp_path):
+    def refused(match: str, **tables) -> None:
+        file = tmp_path / "bad.npz"
+        np.savez(file, **tables)
+        with pytest.raises(DataError, match=match):
+            run("--real", file, "--fake", folders / "fake", "--metrics", "fid")
+
+    refused("not a file of statistics", mean=np.zeros(3))
+    refused(r"mu \(3,\) and sigma \(2, 2\)", mu=np.zeros(3), sigma=np.eye(2))
+    refused("not finite", mu=np.array([1.0, np.nan]), sigma=np.eye(2))
+    refused("not symmetric", mu=np.zeros(2), sigma=np.array([[1.0, 2.0], [0.0, 1.0]]))
+    refused("have no distance to a mean", mu=np.zeros(2), sigma=np.eye(2))
+    refused("not a file of statistics", mu=np.array([{}], dtype=object), sigma=np.eye(2))  # a pickle is not opened
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(DataError, match="not a file of statistics"):
+        run("--real", tmp_path / "text.npz", "--fake", folders / "fake", "--metrics", "fid")

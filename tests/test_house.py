@@ -29,7 +29,7 @@ WALLS = {  # a wing, and the wings that its files may import besides their own; 
     "captions": "data run",
     # floor 4: a paper's system, and a set of images with every number about it
     "systems": "diffusion text denoisers autoencoders adapters data weights run",
-    "evaluation": "metrics data weights run",
+    "evaluation": "metrics text data weights run",
     # floor 5: what the scripts call; a system is handed to them
     "training": "adapters metrics data weights run",
     "drawing": "weights run",

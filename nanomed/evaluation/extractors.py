@@ -3,24 +3,38 @@
 inception   pool3 and logits of the FID network: FID, KID, IS, precision and recall, density and coverage
 organisers  its 1000 class probabilities under imageclef2024
 vit         class tokens of a published classifier: KFD, HFD
+dino        class tokens of DINOv2: FD-DINOv2, and neighbours among them
+swav        pooled features of SwAV's ResNet-50
+cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
+fbd         image embeddings of BiomedCLIP
+clip        image embeddings of CLIP ViT-B/32, which CLIPScore takes the cosine of with those of the prompts
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from nanomed import weights
 from nanomed.evaluation.store import Extractor
 from nanomed.metrics import clef, features
-from nanomed.metrics.networks import classifier
+from nanomed.metrics.networks import biomedclip, classifier, dinov2, resnet
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
+from nanomed.text import clip_vision
+from nanomed.text.clip import ClipText, ClipTextConfig
+from nanomed.text.tokenizers import ClipTokenizer
 
 Device = torch.device | str
+CLIP = "openai/clip-vit-large-patch14-336"  # CMMD
+CLIP_SCORE = "openai/clip-vit-base-patch32"  # CLIPScore
+SAID = "A photo depicts "  # what CLIPScore puts before a prompt
 
 
 def inception(file: str, folder: str, protocol: str, batch: int, device: Device) -> Extractor:
@@ -58,6 +72,119 @@ def vit(repository: str, folder: str, batch: int, device: Device) -> Extractor:
         return {"features": transformers.classifier_features(network, images, batch)}
 
     return Extractor(f"{repository.rsplit('/', 1)[-1]} class token", "224", fingerprint, columns)
+
+
+def dino(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 1024)} of DINOv2 ViT-L/14: the repository, or the hub's file where that is there. Raises
+    WeightsNotFound with the download command."""
+    try:
+        place = weights.find(dinov2.HUB, folder or None)
+    except weights.WeightsNotFound:
+        place = weights.find(dinov2.REPOSITORY, folder or None)
+    network = dinov2.load(place)
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, features.for_dino, batch, device)}
+
+    return Extractor("DINOv2 class token", "224, bicubic", fingerprint, columns)
+
+
+def swav(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 2048)} of SwAV's ResNet-50. Raises WeightsNotFound with the download command."""
+    network = resnet.load(weights.find(resnet.FILE, folder or None))
+    fingerprint = weights.fingerprint(network)
+    network.to(device)
+
+    def see(pixels: Tensor) -> Tensor:  # images of other shapes stay so, and only features of them go together
+        return network(features.for_swav(pixels).contiguous(memory_format=torch.channels_last))
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(torch.nn.Identity(), images, see, batch, device)}
+
+    return Extractor("SwAV ResNet-50 pool", "shorter side 224, bilinear", fingerprint, columns)
+
+
+def cmmd(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 768)}: image embeddings of the CLIP that CMMD is defined on, not normalised. Raises
+    WeightsNotFound with the download command."""
+    network = image_tower(weights.find(CLIP, folder or None))
+    fingerprint, size = weights.fingerprint(network), network.config.image_size
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, lambda x: squashed(x, size), batch, device)}
+
+    return Extractor(f"{CLIP.rsplit('/', 1)[-1]} embedding", "bicubic, not antialiased", fingerprint, columns)
+
+
+def squashed(pixels: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) as CMMD's code brings them to CLIP: stretched to size x size, bicubic without antialiasing,
+    what overshoots [0, 1] left as it is, then CLIP's mean and deviation."""
+    x = F.interpolate(pixels.float() / 255, (size, size), mode="bicubic")
+    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (clip_vision.MEAN, clip_vision.STD))
+    return (x - mean) / std
+
+
+def fbd(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 512)}: BiomedCLIP's image embeddings, not normalised. Raises WeightsNotFound with the download
+    command."""
+    network = biomedclip.load(weights.find(biomedclip.REPOSITORY, folder or None))
+    fingerprint, size = weights.fingerprint(network), network.config.image_size
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, lambda x: cropped(x, size), batch, device)}
+
+    return Extractor("BiomedCLIP embedding", "224, bicubic, centre crop", fingerprint, columns)
+
+
+def clip(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 512)}: image embeddings of the CLIP that CLIPScore is published with. Raises WeightsNotFound."""
+    network = image_tower(weights.find(CLIP_SCORE, folder or None))
+    fingerprint, size = weights.fingerprint(network), network.config.image_size
+    network.to(device)
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        return {"features": features.embedded(network, images, lambda x: cropped(x, size), batch, device)}
+
+    return Extractor("CLIP ViT-B/32 embedding", "224, bicubic, centre crop", fingerprint, columns)
+
+
+def clip_prompts(prompts: Sequence[str], folder: str, batch: int, device: Device) -> Tensor:
+    """Embeddings (N, 512) of prompts by the text tower beside `clip`, after "A photo depicts " as in CLIPScore; cut at
+    77 tokens. On the CPU."""
+    place = weights.find(CLIP_SCORE, folder or None)
+    mine = {name: t.float() for name, t in tensors(place).items() if name.startswith(("text_model.", "text_proj"))}
+    config = ClipTextConfig.from_json(place)
+    if "text_projection.weight" in mine:
+        config = replace(config, projection_dim=len(mine["text_projection.weight"]))
+    tower = weights.load(weights.build(ClipText, config, projection=True), mine).requires_grad_(False).eval().to(device)
+    ids, _ = ClipTokenizer.from_folder(place)([SAID + said for said in prompts], config.max_position_embeddings)
+    return torch.cat([tower.features(part.to(device)).embeds.cpu() for part in ids.split(batch)])
+
+
+def image_tower(place: Path) -> clip_vision.ClipVision:
+    """The image tower of a whole published CLIP, ready to run."""
+    config = clip_vision.ClipVisionConfig.from_json(place)
+    mine = {name: t.float() for name, t in tensors(place).items() if name.startswith(("vision_model.", "visual_proj"))}
+    if "visual_projection.weight" in mine:  # a whole CLIP says its width outside of the tower's settings
+        config = replace(config, projection_dim=len(mine["visual_projection.weight"]))
+    return weights.load(weights.build(clip_vision.ClipVision, config), mine).requires_grad_(False).eval()
+
+
+def cropped(pixels: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) by CLIP's own preprocessing: shorter side to `size`, bicubic, and the middle of it."""
+    images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return torch.stack([clip_vision.preprocess(Image.fromarray(x), size) for x in images]).to(pixels.device)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Those of a repository's safetensors, or of its `pytorch_model.bin` where there are none."""
+    pickle = folder / transformers.PICKLE
+    return weights.read_pickle(pickle) if pickle.is_file() and not any(folder.glob("model*.safetensors*")) else (
+        weights.read(folder, "model"))  # fmt: skip
 
 
 def stand_in(folder: str, batch: int, device: Device) -> Extractor | None:

@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,33 @@ from nanomed import weights
 from nanomed.data.table import DataError
 from nanomed.evaluation import extractors, imagesets, toyworld
 from nanomed.evaluation.imagesets import ImageSet, Survey
+from nanomed.evaluation.statistics import Statistics
 from nanomed.evaluation.store import Extractor, Store
-from nanomed.metrics import downstream, entries, memorisation, uncertainty
+from nanomed.metrics import downstream, entries, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
 from nanomed.metrics.networks import vit
 from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
-METRICS = ("fid", "kid", "is", "pr", "dc", "kfd", "hfd", "memorisation", "colour", "faithfulness", "classify")
+METRICS = (
+    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
+    "fbd", "clip", "memorisation", "colour", "faithfulness", "classify",
+)  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
-OF_INCEPTION = {"fid", "kid", "is", "pr", "dc"}
+OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
+OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a folder of weights, a batch, a device
+    "kfd": partial(extractors.vit, vit.KVASIR),
+    "hfd": partial(extractors.vit, vit.SKIN),
+    "dino": extractors.dino,
+    "cmmd": extractors.cmmd,
+    "swav": extractors.swav,
+    "fbd": extractors.fbd,
+    "clip": extractors.clip,
+}
+EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
+FOREIGN = ("kid", "pr", "dc", "authenticity", "vendi")  # to that protocol, which has FID and IS
 
 
 @dataclass
@@ -50,13 +66,14 @@ class Settings:
 class Sets:
     """What is compared with what."""
 
-    reals: dict[str, ImageSet]
+    reals: dict[str, ImageSet]  # empty where there are only statistics
     fake: ImageSet
     train: ImageSet | None = None  # what the model was trained on, where it is known
     held_out: bool = False  # whether the model has not seen the real images
     toy_world: bool = False
     usual: tuple[str, ...] = USUAL  # what is measured when nothing is asked for
     notes: list[str] = field(default_factory=list)
+    statistics: dict[str, Statistics] = field(default_factory=dict)  # of real images, from files
 
 
 @dataclass
@@ -69,6 +86,7 @@ class Outcome:
     notes: list[str]  # what a reader should know of the images
     colours: dict[str, Colours]  # of every set
     nearest: memorisation.Memorisation | None = None
+    lacking: dict[str, str] = field(default_factory=dict)  # {metric: why it could not be measured}
 
     @property
     def results(self) -> Entries:
@@ -131,19 +149,23 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     where gradients are off.
 
     asked      names among METRICS, refused by name where the images do not allow them; empty: `sets.usual`, as far as
-               the images allow
+               the images allow; "all": whatever images and files allow, and the rest is said to be lacking
     """
     eyes = Eyes(settings, ranks)
     fake = eyes.look(sets.fake)
     reals = {name: eyes.look(real) for name, real in sets.reals.items()}
     train = eyes.look(sets.train) if sets.train else None
     unseen = {digest for real in reals.values() for digest in real.hashes} - set(train.hashes if train else ())
-    sets = Sets(reals, fake, train, sets.held_out and bool(unseen), sets.toy_world, sets.usual, list(sets.notes))
+    held_out = sets.held_out and bool(unseen)
+    sets = replace(sets, reals=reals, fake=fake, train=train, held_out=held_out, notes=list(sets.notes))
     if train is not None and not sets.held_out:
         sets.notes.append("the real images count as the training images, whose copies are looked for; else say --train")
     notes = [*sets.notes, *eyes.notes]
-    wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes)]
-    networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes)
+    lacking: dict[str, str] | None = {} if EVERYTHING in asked else None
+    asked = METRICS if EVERYTHING in asked else asked
+    wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes, lacking)]
+    networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes, lacking)
+    wanted = [name for name in wanted if name not in (lacking or {})]
     found = {
         name: {images.hashes: eyes.features(network, images) for images in _who(name, sets, wanted)}
         for name, network in networks.items()
@@ -152,16 +174,18 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     if not ranks.first:
         return None
 
-    outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()})
+    outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()}, lacking=lacking or {})
     if "memorisation" in wanted:
         try:
             outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
         except ValueError as error:  # too few held-out images once those that are training images are left out
-            if "memorisation" in asked:
+            if lacking is None and "memorisation" in asked:
                 raise DataError(f"--metrics memorisation: {error}") from None
             notes.append(f"memorisation is left out: {error}")
     if "faithfulness" in wanted:
-        outcome.shared |= _faithfulness(fake, asked)
+        outcome.shared |= _faithfulness(fake, asked if lacking is None else ())
+    if "clip" in networks:
+        outcome.shared |= _clip_score(sets, networks["clip"], found["clip"], settings, ranks.device)
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
@@ -174,23 +198,33 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             columns = eyes.survey(real).columns, eyes.survey(fake).columns
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
         outcome.runs[name] = {metric: entry | {"real": real.digest} for metric, entry in run.items()}
+    for name, known in sets.statistics.items():
+        if "fid" in wanted:
+            try:
+                entry = _to_statistics(networks["main"], found["main"], fake, known, settings, ranks.device)
+            except ValueError as error:
+                raise DataError(f"{fake.name} against {known.name}: {error}") from None
+            outcome.runs[name] = {label: values | {"real": known.digest} for label, values in entry.items()}
     return outcome
 
 
 # ------------------------------------------------------------------------------------------------ what can be measured
 
 
-def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list[str]) -> bool:
-    """Whether the images allow a metric. Where not, an error if it was asked for by name."""
+def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list[str], lacking) -> bool:
+    """Whether the images allow a metric. Where not, an error if it was asked for by name, unless what is lacking is
+    counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
     reason = ""
-    if name in entries.LEAST or name in ("kfd", "hfd"):
-        need = entries.LEAST.get(name, 2)
+    if not sets.reals and name not in ("fid", "faithfulness", "clip"):
+        reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
+    elif name in entries.LEAST or name in OF_THEIR_OWN and name != "clip":
+        need = entries.LEAST.get("dc" if name == "dino" else name, 2)
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
         if least < need:
             reason = f"needs at least {need} images in each set, and the smallest has {least}"
-        if settings.protocol == ORGANISERS and name in ("kid", "pr", "dc"):
+        if settings.protocol == ORGANISERS and name in FOREIGN:
             return False
     elif name == "memorisation":
         few = memorisation.FEWEST
@@ -200,13 +234,16 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
             reason = f"needs at least {few} training images, and {sets.train.name} has {len(sets.train)}"
         elif sets.held_out and sum(map(len, sets.reals.values())) < few:
             reason = f"needs at least {few} held-out images"
-    elif name == "faithfulness":
+    elif name in ("faithfulness", "clip"):
         if not sets.fake.prompts:
             reason = f"needs the prompts of {sets.fake.name}: --prompts FILE, or the manifest.jsonl of sample.py"
     elif name == "classify":
         without = [images.name for images in (sets.fake, *sets.reals.values()) if not images.labels]
         if without:
             reason = f"needs the class of every image, and {without[0]} has none: class folders, or a column label"
+    if reason and lacking is not None:
+        lacking[name] = reason
+        return False
     if reason and name in asked:
         raise DataError(f"--metrics {name} {reason}")
     if reason and name in OF_INCEPTION:
@@ -214,8 +251,9 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     return not reason
 
 
-def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]) -> dict[str, Extractor]:
-    """The networks that the metrics need: "main" for those of Inception, "kfd", "hfd"."""
+def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str], lacking) -> dict[str, Extractor]:
+    """The networks that the metrics need: "main" for those of Inception, the others by their metric. What
+    has no file is an error, or counted as lacking."""
     found: dict[str, Extractor] = {}
     more = settings.weights, settings.batch, device
     if OF_INCEPTION & set(wanted) or "memorisation" in wanted:
@@ -231,13 +269,20 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
                 notes.append(f"{error}. Until then the toy world's own classifier stands in: good for comparing toy "
                              f"models only, and no FID")  # fmt: skip
                 found["main"] = stand_in
+            elif lacking is not None:
+                lacking |= {name: str(error) for name in wanted if name in OF_INCEPTION}
             elif OF_INCEPTION & set(wanted):
                 raise
             else:
                 notes.append(f"memorisation in pixels only: {error}")
-    for name, repository in (("kfd", vit.KVASIR), ("hfd", vit.SKIN)):
+    for name, make in OF_THEIR_OWN.items():
         if name in wanted:
-            found[name] = extractors.vit(repository, *more)
+            try:
+                found[name] = make(*more)
+            except weights.WeightsNotFound as error:
+                if lacking is None:
+                    raise
+                lacking[name] = str(error)
     return found
 
 
@@ -254,9 +299,16 @@ def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
 def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings, device) -> Entries:
     """Everything that compares features of one real set with those of the generated images."""
     results: Entries = {}
-    for key, label in (("kfd", "KFD"), ("hfd", "HFD")):
+    for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD"), ("fbd", "FBD")):
         if key in networks:
             results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
+    if "dino" in networks:
+        dino = _measured(networks["dino"], found["dino"], real, fake, settings, device)
+        results |= dino.frechet("FD-DINOv2")
+        among = _repeated(dino, ["pr", "dc", *({"authenticity", "vendi"} & set(wanted))])
+        results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
+    if "cmmd" in networks:
+        results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
     main = networks.get("main")
     if main is None:
         return results
@@ -274,11 +326,33 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     if "is" in wanted and "logits" in of_fake:
         logits = of_real["logits"] if settings.intervals else None
         first |= entries.inception_score(of_fake["logits"], logits, sets.protocol, main.network, len(real))
+    return first | _repeated(sets, wanted) | results
+
+
+def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Statistics, settings, device) -> Entries:
+    """The Frechet distance to the moments that a file holds."""
+    if settings.protocol == ORGANISERS:
+        raise ValueError(f"the protocol {ORGANISERS} is of class probabilities, and needs the real images")
+    features = found[fake.hashes]["features"].to(device)
+    mean, covariance = known.mean.to(device), known.covariance.to(device)
+    protocol = f"{network.name}, {network.protocol}"
+    label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
+    return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network,
+                                                 settings.intervals, settings.seed)}  # fmt: skip
+
+
+def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:
+    """What is counted among neighbours and within a set, on the features of whichever network."""
+    results: Entries = {}
     if "pr" in wanted:
-        first |= sets.precision_recall()
+        results |= sets.precision_recall()
     if "dc" in wanted:
-        first |= sets.density_coverage()
-    return first | results
+        results |= sets.density_coverage()
+    if "authenticity" in wanted:
+        results |= sets.authenticity()
+    if "vendi" in wanted:
+        results |= sets.vendi()
+    return results
 
 
 def _measured(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings, device) -> entries.Measured:
@@ -322,6 +396,21 @@ def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
     if not judged and "faithfulness" in asked:
         raise DataError(f"--metrics faithfulness: no prompt of {fake.name} is of the toy world's grammar")
     return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
+
+
+def _clip_score(sets: Sets, network: Extractor, found: dict, settings, device) -> Entries:
+    """Agreement of every generated image with its first prompt; beside it the real ones', where they have any."""
+
+    def pairs(images: ImageSet) -> tuple[Tensor, Tensor]:
+        places: dict[str, int] = {}  # each prompt once
+        rows = [places.setdefault(prompts[0], len(places)) for prompts in images.prompts]
+        texts = extractors.clip_prompts(list(places), settings.weights, settings.batch, device)
+        return found[images.hashes]["features"], texts[rows]
+
+    told = [real for real in sets.reals.values() if real.prompts]
+    own = torch.cat([scores.clip_scores(*pairs(real)) for real in told]) if told and settings.intervals else None
+    protocol = f"{network.name}, {network.protocol}, first prompt"
+    return entries.clip_score(*pairs(sets.fake), protocol, network.network, own)
 
 
 def classify(sets: Sets, settings: Settings, device: torch.device | str = "cpu") -> Entries:

@@ -22,16 +22,17 @@ ROWS, STRIP, PAIRS = 12, 4, 24  # lines of pictures, pictures on each side of a 
 def page(outcome: Outcome) -> str:
     """webpage.html."""
     sets = outcome.sets
-    reals = ", ".join(f"{name} ({len(real):,})" for name, real in sets.reals.items())
+    against = [f"{name} ({len(real):,})" for name, real in sets.reals.items()] + [f"{n} (?)" for n in sets.statistics]
+    reals = ", ".join(against)
     lead = f"{len(sets.fake):,} generated images against {reals} real ones. Synthetic images are not for diagnosis."
-    first = next(iter(sets.reals.values()))
+    first = next(iter(sets.reals.values()), None)
     return webpage.page(
-        f"{sets.fake.name} against {', '.join(sets.reals)}",
+        f"{sets.fake.name} against {', '.join([*sets.reals, *sets.statistics])}",
         lead,
         [
             ("Measures", webpage.measures(outcome.results)),
-            ("Notes", webpage.bullets(outcome.notes)),
-            ("Real and generated", webpage.side_by_side(list(_rows(first, sets.fake)))),
+            ("Notes", webpage.bullets([*outcome.notes, *(f"not measured: {line}" for line in lacking(outcome))])),
+            ("Real and generated", webpage.side_by_side(list(_rows(first, sets.fake)) if first else [])),
             ("Nearest training images", _memorisation(outcome)),
             ("Colours", _colours(outcome)),
         ],
@@ -147,9 +148,8 @@ def _memorisation(outcome: Outcome) -> str:
 
 def _colours(outcome: Outcome) -> str:
     """Saturation and the three channels of the first real set and of the generated images."""
-    names = [*list(outcome.sets.reals)[:1], outcome.sets.fake.name]
-    labels = ("real", "generated")
-    sides = {label: outcome.colours[name] for label, name in zip(labels, names)}
+    named = {"real": next(iter(outcome.sets.reals), ""), "generated": outcome.sets.fake.name}
+    sides = {label: outcome.colours[name] for label, name in named.items() if name}
     drawings = [webpage.histogram("Saturation", {label: c.saturation for label, c in sides.items()}, 0, 1)]
     for channel, colour in enumerate(("Red", "Green", "Blue")):
         shares = {label: c.channels[channel].reshape(64, 4).sum(1) for label, c in sides.items()}
@@ -160,6 +160,14 @@ def _colours(outcome: Outcome) -> str:
         label: webpage.binned(values, 0, max(high, 1.0)) for label, values in means.items()
     }, 0, max(high, 1.0)))  # fmt: skip
     return webpage.charts(drawings)
+
+
+def lacking(outcome: Outcome) -> list[str]:
+    """What could not be measured and why, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in outcome.lacking.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def publish(outcome: Outcome, out: str | Path) -> str:
@@ -175,4 +183,5 @@ def publish(outcome: Outcome, out: str | Path) -> str:
     lines = [papers_tables(outcome), "", table.full(outcome.results), ""]
     lines += [f"memorisation: {outcome.nearest.verdict}"] if outcome.nearest else []
     lines += [f"note: {note}" for note in outcome.notes]
+    lines += [f"not measured: {line}" for line in lacking(outcome)]
     return "\n".join([*lines, f"{out / 'results.json'}, {out / 'report.html'}"])

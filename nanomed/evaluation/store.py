@@ -21,6 +21,7 @@ from torch import Tensor
 from nanomed import metrics as metrics_wing
 from nanomed.run.cache import SHARD, cached
 from nanomed.run.ranks import ALONE, Ranks
+from nanomed.text import clip, clip_vision
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def ahead(image: Callable[[int], np.ndarray], rows: Sequence[int], most: int = 6
 @functools.cache
 def _version() -> str:
     """Changes when the code between pixels and features does, so that no cache outlives a correction."""
-    metrics = Path(metrics_wing.__file__).parent
-    makers = (*metrics.glob("networks/*.py"), metrics / "features.py", metrics / "clef.py")
+    metrics, here = Path(metrics_wing.__file__).parent, Path(__file__).parent
+    makers = [*metrics.glob("networks/*.py"), metrics / "features.py", metrics / "clef.py", here / "extractors.py"]
+    makers += [Path(clip_vision.__file__), Path(clip.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(makers))).hexdigest()[:16]
 
 

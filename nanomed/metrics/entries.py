@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.metrics import clef, colour, scores, uncertainty
+from nanomed.metrics import clef, colour, diversity, scores, uncertainty
 
 SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
 SUBSETS, SUBSET = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score
 K, K_COVERAGE = 3, 5  # neighbours of precision and recall, of density and coverage
-LEAST = {"fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1}  # images that a metric needs
+LEAST = {  # images that a metric needs
+    "fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1, "authenticity": 2, "vendi": 1
+}  # fmt: skip
 
 Entries = dict[str, dict]
 
@@ -69,6 +71,15 @@ class Measured:
             entry |= interval(ends, jackknife(KID_GROUPS))
         return {self.prefix + "KID": entry | self._floor(value)}
 
+    def cmmd(self) -> Entries:
+        """CMMD of CLIP embeddings."""
+        entry = self._entry(scores.cmmd(self.real, self.fake), "RBF sigma 10, times 1000", biased=True)
+        if self.sure and self.n >= 2 * KID_GROUPS:
+            kernel, sides = scores.gaussian_kernel, (scores.unit(self.real), scores.unit(self.fake))
+            low, high = uncertainty.kernel_interval(*sides, KID_GROUPS, seed=self.seed, kernel=kernel, biased=True)
+            entry |= interval((max(1000 * low, 0.0), 1000 * high), jackknife(KID_GROUPS))
+        return {"CMMD": entry | self._floor(scores.cmmd)}
+
     def precision_recall(self) -> Entries:
         """Precision, recall and their harmonic mean."""
 
@@ -85,6 +96,30 @@ class Measured:
             return scores.density_coverage(a, b, K_COVERAGE)
 
         return self._of_neighbours(("density", "coverage"), values, K_COVERAGE)
+
+    def authenticity(self) -> Entries:
+        """The share of fakes that are not too near a real image."""
+        entry = self._entry(diversity.authenticity(self.real, self.fake), "about 0.5 for new images of the same kind")
+        if self.sure and self.n >= 2 * GROUPS:
+            ends = uncertainty.interval(
+                diversity.authenticity, self.real, self.fake, groups=GROUPS, seed=self.seed, support=(0.0, 1.0)
+            )
+            entry |= interval(ends, jackknife(GROUPS))
+        return {"authenticity": entry | self._floor(diversity.authenticity)}
+
+    def vendi(self) -> Entries:
+        """The Vendi score of the fakes; its "floor" is the real images' own at the same N, what there is to reach."""
+        entry = self._entry(diversity.vendi(self.fake), "cosine")
+        if self.sure and len(self.fake) >= 2 * GROUPS:
+            ends = uncertainty.interval(
+                diversity.vendi, self.fake, groups=GROUPS, seed=self.seed, support=(1.0, len(self.fake))
+            )
+            entry |= interval(ends, jackknife(GROUPS))
+        if self.sure:
+            order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(self.seed))[: self.n]
+            own = diversity.vendi(self.real[order])
+            entry["floor"] = {"value": own, "method": "the Vendi score of real images", "n": self.n}
+        return {"Vendi score": entry}
 
     def _of_neighbours(self, names: Sequence[str], values: Callable, k: int) -> Entries:
         """Entries of numbers that one pass over all distances gives, with their intervals."""
@@ -122,6 +157,23 @@ class Measured:
         return _floor(*uncertainty.floor(statistic, self.real, self.n, self.seed))
 
 
+def frechet_to_statistics(
+    fake: Tensor, mean: Tensor, covariance: Tensor, protocol: str, network: str, sure: bool = True, seed: int = 0
+) -> dict:
+    """The entry of a Frechet distance to a mean (D,) and covariance (D, D) that a file holds: without a floor, and with
+    an interval that knows the generated images only."""
+
+    def value(features: Tensor) -> float:
+        return scores.frechet_to_moments(features, mean, covariance)
+
+    how = {"protocol": f"{protocol}, to statistics", "n_real": 0, "n_fake": len(fake), "network": network}
+    entry = {"value": value(fake)} | how | small(len(fake), biased=True)
+    if sure and len(fake) >= 2 * GROUPS:
+        ends = uncertainty.interval(value, fake, groups=GROUPS, seed=seed)
+        entry |= interval(ends, f"{jackknife(GROUPS)}, the real statistics as they are")
+    return entry
+
+
 def inception_score(logits: Tensor, of_real: Tensor | None, protocol: str, network: str, n_real: int) -> Entries:
     """The Inception Score of logits (N, classes); its "floor" is the real images' own score at the same N, which is
     rather a ceiling."""
@@ -140,6 +192,20 @@ def inception_score(logits: Tensor, of_real: Tensor | None, protocol: str, netwo
         value = scores.inception_score(own, SPLITS)[0]
         entry["floor"] = {"value": value, "method": "the Inception Score of real images", "n": len(own)}
     return {"IS": entry | small(len(logits))}
+
+
+def clip_score(
+    images: Tensor, texts: Tensor, protocol: str, network: str, of_real: Tensor | None = None, name: str = "CLIPScore"
+) -> Entries:
+    """CLIPScore (Hessel et al. 2021): the mean over images of 2.5 max(cos(image, prompt), 0), from embeddings (N, D) of
+    both; `of_real` are the scores (M,) of real images and their own prompts."""
+    each = scores.clip_scores(images, texts)
+    entry = {"value": each.mean().item(), "protocol": protocol, "n_real": 0, "n_fake": len(each), "network": network}
+    if len(each) >= 2:
+        entry |= interval(uncertainty.mean_interval(each), "Student's t over the images")
+    if of_real is not None:
+        entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
+    return {name: entry | small(len(each))}
 
 
 def imageclef2024(real: Tensor, fake: Tensor, network: str, sure: bool = True, seed: int = 0) -> Entries:

@@ -23,6 +23,7 @@ from nanomed.metrics.networks import classifier, inception
 from nanomed.metrics.scores import frechet_distance
 
 SIDE = 299
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def tf1_resize(images: Tensor, side: int) -> Tensor:
@@ -54,6 +55,35 @@ def _clean(images: Tensor) -> Tensor:
     small = [np.asarray(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for plane in planes]
     out = torch.from_numpy(np.stack(small)).clamp_(0, 255).view(len(images), 3, SIDE, SIDE)
     return (out.to(images.device) - 128) / 128
+
+
+def pillow(pixels: Tensor, height: int, width: int, how: Image.Resampling) -> Tensor:
+    """uint8 (B, 3, H, W) to uint8 (B, 3, height, width) by one of Pillow's antialiased filters, on its own numbers."""
+    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    small = np.stack([np.asarray(image.resize((width, height), how)) for image in images])
+    return torch.from_numpy(small).permute(0, 3, 1, 2).to(pixels.device)
+
+
+def imagenet(pixels: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) by the mean and deviation of ImageNet's pixels."""
+    x = pixels.float() / 255
+    mean, deviation = (x.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / deviation
+
+
+def for_dino(pixels: Tensor) -> Tensor:
+    """As dgm-eval brings images to DINOv2 (Stein et al. 2023): stretched to 224 x 224, bicubic."""
+    return imagenet(pillow(pixels, 224, 224, Image.Resampling.BICUBIC))
+
+
+def for_swav(pixels: Tensor) -> Tensor:
+    """As dgm-eval brings images to SwAV: their shorter side to 224, bilinear; the longer one as it comes."""
+    height, width = pixels.shape[-2:]
+    if width <= height:
+        size = int(224 * height / width), 224
+    else:
+        size = 224, int(224 * width / height)
+    return imagenet(pillow(pixels, *size, Image.Resampling.BILINEAR))
 
 
 PROTOCOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -103,6 +133,19 @@ def inception_features(
         features.append(found[0].float().cpu())
         logits.append(found[1].float().cpu())
     return torch.cat(features), torch.cat(logits)
+
+
+def embedded(
+    network: Callable[[Tensor], Tensor],
+    images: Iterable[np.ndarray],
+    resize: Callable[[Tensor], Tensor],
+    batch: int = 32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Features (N, D) that `network` gives for uint8 images of any sizes, once `resize` has brought them to it; on the
+    CPU in float32, (0, 0) for no images."""
+    found = [network(x).float().cpu() for x in resized(images, resize, batch, device)]
+    return torch.cat(found) if found else torch.empty(0, 0)
 
 
 def toy_features(network: classifier.ToyClassifier, images: Iterable[np.ndarray], batch: int = 64) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 BLOCK = 1024  # rows at a time: a 1024 x 1024 tile of float64 is 8 MB
@@ -53,21 +54,42 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     if min(len(a), len(b)) > a.shape[1]:
         return frechet_from_moments(*moments(a), *moments(b))
     (mean_a, factor_a), (mean_b, factor_b) = _mean_and_factor(a), _mean_and_factor(b)
-    product = factor_a.T @ factor_b
-    if product.shape[0] > product.shape[1]:
-        product = product.T
-    common = _sum_of_singular_values(product @ product.T, lambda: product)
-    within = factor_a.square().sum() + factor_b.square().sum() - 2 * common
+    within = factor_a.square().sum() + factor_b.square().sum() - 2 * _common(factor_a, factor_b)
     return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """The same from means (D,) and covariances (D, D)."""
+    """The same from means (D,) and covariances (D, D). Those of fewer samples than dimensions are taken apart at the
+    price of their rank."""
     cov_a, cov_b = cov_a.double(), cov_b.double()
-    factor = _factor(cov_a)
-    common = _sum_of_singular_values(_congruence(factor, cov_b), lambda: factor.T @ _factor(cov_b))
+    factor, other = _factor(cov_a), _factor(cov_b)
+    if min(factor.shape[1], other.shape[1]) < len(cov_a):
+        common = _common(factor, other)
+    else:
+        common = _sum_of_singular_values(_congruence(factor, cov_b), lambda: factor.T @ other)
     within = cov_a.trace() + cov_b.trace() - 2 * common
     return max(((mean_a.double() - mean_b.double()).square().sum() + within).item(), 0.0)
+
+
+def frechet_to_moments(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """The same of features (N >= 2, D) to a mean (D,) and covariance (D, D), such as a file of statistics holds."""
+    check(2, features)
+    if features.shape[1:] != mean.shape or covariance.shape != (*mean.shape, *mean.shape):
+        shapes = f"a mean {tuple(mean.shape)} and a covariance {tuple(covariance.shape)}"
+        raise ValueError(f"features {tuple(features.shape)} have no distance to {shapes}")
+    if len(features) > features.shape[1]:
+        return frechet_from_moments(*moments(features), mean, covariance)
+    (own, factor), covariance = _mean_and_factor(features), covariance.double()
+    within = factor.square().sum() + covariance.trace() - 2 * _common(factor, _factor(covariance))
+    return max(((own - mean.double()).square().sum() + within).item(), 0.0)
+
+
+def _common(factor_a: Tensor, factor_b: Tensor) -> Tensor:
+    """tr (S_a S_b)^(1/2) from factors (D, r) of the two, at the price of the smaller rank."""
+    product = factor_a.T @ factor_b
+    if product.shape[0] > product.shape[1]:
+        product = product.T
+    return _sum_of_singular_values(product @ product.T, lambda: product)
 
 
 def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,11 +107,14 @@ def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """A lower-triangular F with F F^T = S: Cholesky's, or from the eigenvectors where S is singular."""
+    """F with F F^T = S: Cholesky's lower triangle, or (D, r) where S is of rank r, from Cholesky with pivots, which
+    ends where what is left is rounding."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
-        values, vectors = torch.linalg.eigh(covariance)
-        factor = torch.linalg.qr((vectors * values.clamp(min=0).sqrt()).T, mode="r").R.T
+        rows, pivots, rank, _ = lapack.dpstrf(covariance.cpu().numpy(), lower=1)
+        factor = torch.zeros(len(covariance), rank, dtype=torch.float64)
+        factor[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(rows[:, :rank]).tril()
+        factor = factor.to(covariance.device)
     return factor
 
 
@@ -110,6 +135,8 @@ def _sum_of_singular_values(gram: Tensor, product: Callable[[], Tensor]) -> Tens
     Square roots of the eigenvalues of P P^T are the singular values at a fraction of the price, but squaring blurs
     those below 1e-8 of the largest by as much. Where so many are that their sum could be seen, svdvals of P.
     """
+    if not len(gram):  # a side without variance
+        return gram.sum()
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     blurred = (values < 1e-16 * values[-1]).sum() * 1e-8 * values[-1].sqrt()
     if blurred > 1e-7 * values.sqrt().sum():
@@ -176,6 +203,46 @@ def _kernel_sums(x: Tensor, y: Tensor, chosen_x: Tensor, chosen_y: Tensor) -> Te
         twice = 2 if itself and i != j else 1
         total += twice * ((chosen_x[:, i] @ kernel) * chosen_y[:, j]).sum(1)
     return total
+
+
+def gaussian_kernel(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
+    """exp(-|x - y|^2 / (2 sigma^2)) - 1 of every pair, CMMD's kernel (Jayasumana et al. 2024) less one; (n, m) in
+    float64. For vectors of length 1 and their sigma of 10 it lies within 0.02 of 0, where float32 products leave 1e-9
+    of error; the one that is left out cancels in every MMD."""
+    lengths = x.double().square().sum(1, keepdim=True) + y.double().square().sum(1)
+    return (x @ y.T).double().mul_(-2).add_(lengths).mul_(-1 / (2 * sigma**2)).expm1_()
+
+
+def cmmd(a: Tensor, b: Tensor) -> float:
+    """CMMD (Jayasumana et al. 2024, section 4) of CLIP embeddings (N, D): 1000 times the squared MMD of their
+    directions, pairs of an image with itself included, as the authors' code has it. In tiles: memory grows with N.
+    """
+    check(1, a, b)
+    a, b = unit(a), unit(b)
+
+    def mean(x: Tensor, y: Tensor) -> Tensor:
+        total, itself = x.new_zeros((), dtype=torch.float64), y is x
+        for i, j in tiles(len(x), len(y), itself):
+            total += gaussian_kernel(x[i], y[j]).sum() * (2 if itself and i != j else 1)
+        return total / (len(x) * len(y))
+
+    return 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)).item()
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (N, D) over their lengths. Raises ValueError for one of length 0, which has no direction."""
+    lengths = torch.cat([rows.double().norm(dim=1, keepdim=True) for rows in features.split(BLOCK)])
+    if not lengths.all():
+        raise ValueError(f"features of image {lengths.flatten().argmin().item()} are all 0, so it has no direction")
+    return features / lengths.to(features.dtype)
+
+
+def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
+    """2.5 max(cos, 0) of every image's embedding (N, D) and its prompt's (N, D) (Hessel et al. 2021, eq. 1); (N,)."""
+    check(1, images, texts)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images have no score with {len(texts)} prompts")
+    return 2.5 * (unit(images).double() * unit(texts).double()).sum(1).clamp(min=0)
 
 
 def tiles(n: int, m: int, mirrored: bool = False, block: int = BLOCK) -> Iterator[tuple[slice, slice]]:

@@ -110,9 +110,19 @@ def _moments_without(group: Tensor, n: int, mean: Tensor, covariance: Tensor) ->
     return mean - shift, scatter / (n - m - 1)
 
 
-def kernel_interval(a: Tensor, b: Tensor, groups: int = 20, level: float = 0.95, seed: int = 0) -> Interval:
+def kernel_interval(
+    a: Tensor,
+    b: Tensor,
+    groups: int = 20,
+    level: float = 0.95,
+    seed: int = 0,
+    kernel: Callable[[Tensor, Tensor], Tensor] = scores.polynomial_kernel,
+    biased: bool = False,
+) -> Interval:
     """An interval for KID: the jackknife of the unbiased squared MMD of the whole sets, of which the mean over subsets
     is an estimate. Sums of the kernel by pairs of groups give every leave-one-out value from one pass over all pairs.
+
+    With `biased` and another kernel (n, m) that of an MMD which counts the pairs of an image with itself.
     """
     scores.check(groups, a, b)
     generator = torch.Generator().manual_seed(seed)
@@ -126,10 +136,10 @@ def kernel_interval(a: Tensor, b: Tensor, groups: int = 20, level: float = 0.95,
                     sums[i, j] = sums[j, i]
                     continue
                 for r, c in scores.tiles(len(first), len(second)):
-                    kernel = scores.polynomial_kernel(x[first[r]], y[second[c]])
-                    sums[i, j] += kernel.sum().item()
-                    if itself and i == j and r == c:
-                        sums[i, j] -= kernel.diagonal().sum().item()
+                    values = kernel(x[first[r]], y[second[c]])
+                    sums[i, j] += values.sum().item()
+                    if itself and i == j and r == c and not biased:
+                        sums[i, j] -= values.diagonal().sum().item()
         return sums
 
     aa, bb = group_sums(a, a, of_a, of_a, True), group_sums(b, b, of_b, of_b, True)
@@ -138,7 +148,9 @@ def kernel_interval(a: Tensor, b: Tensor, groups: int = 20, level: float = 0.95,
     def mmd(keep: Tensor) -> float:
         n, m = (sum(len(g) for g, kept in zip(of, keep) if kept) for of in (of_a, of_b))
         both = keep[:, None] & keep
-        return (aa[both].sum() / (n * (n - 1)) + bb[both].sum() / (m * (m - 1)) - 2 * ab[both].sum() / (n * m)).item()
+        less = 0 if biased else 1
+        within = aa[both].sum() / (n * (n - less)) + bb[both].sum() / (m * (m - less))
+        return (within - 2 * ab[both].sum() / (n * m)).item()
 
     everything = torch.ones(groups, dtype=torch.bool)
     replicates = [mmd(everything & (torch.arange(groups) != i)) for i in range(groups)]

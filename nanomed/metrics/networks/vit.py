@@ -10,7 +10,7 @@ what the classifier itself reads. Names are those of the published checkpoints.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,14 @@ KVASIR = "mmuratarat/kvasir-v2-classifier"  # KFD
 SKIN = "Anwarkh1/Skin_Cancer-Image_Classification"  # HFD; the paper misspells it
 BACKBONE = "google/vit-base-patch16-224-in21k"  # where both, and the downstream classifiers, start from
 PICKLE = "pytorch_model.bin"
+TIMM = (  # parts of names in files of timm and of torch.hub, and what they are called here; `qkv` is three in one
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("blocks.", "encoder.layer."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".attn.qkv.", ".attention.attention.qkv."),
+)
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,22 @@ def load(folder: str | Path) -> Vit | VitClassifier:
     else:
         network = weights.build(Vit, config, pooler="pooler.dense.weight" in tensors)
     return weights.load(network, tensors).requires_grad_(False).eval()
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """Tensors by other names: the parts of names that `names` lists exchanged, a final `norm.` called `layernorm.`, and
+    each `qkv` cut into query, key and value."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        name = f"layer{name}" if name.startswith("norm.") else name
+        for theirs, mine in names:
+            name = name.replace(theirs, mine)
+        if ".qkv." in name:
+            for part, values in zip(("query", "key", "value"), tensor.chunk(3)):
+                found[name.replace(".qkv.", f".{part}.")] = values
+        else:
+            found[name] = tensor
+    return found
 
 
 def resized(image: np.ndarray | Image.Image, size: int = 224) -> np.ndarray:
