@@ -2,9 +2,9 @@
 
     L = ||epsilon - epsilon_theta||^2 + L_vlb            per image, means over its elements
 
-L_vlb, in bits a dimension, is one term of the variational bound: KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ), and at
-t = 0 the negative log-likelihood of x_0 itself. It trains the variance only: the mean inside it is detached, and it is
-not multiplied by T, of which the loss has one random term (their L_hybrid has it with 0.001 T, which is 1).
+L_vlb, in bits a dimension, is one term of the variational bound: KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ), and
+at t = 0 the negative log-likelihood of x_0 itself. It trains the variance only: the mean inside it is detached. It is
+one random term of the sum over T = 1000, and not multiplied (their L_hybrid's weight 0.001 of T terms is the same).
 """
 
 import math
