@@ -282,8 +282,8 @@ class HunyuanTransformer(nn.Module):
         if states.shape[1:] != self.text_embedding_padding.shape or mask.shape != states.shape[:2]:
             c = self.config
             raise ValueError(
-                f"text of {bert.shape[1]} and {t5.shape[1]} places, but this Hunyuan-DiT reads {c.text_len} of BERT and "
-                f"{c.text_len_t5} of T5"
+                f"text of {bert.shape[1]} and {t5.shape[1]} places, but this Hunyuan-DiT reads {c.text_len} of BERT "
+                f"and {c.text_len_t5} of T5"
             )
         states = torch.where(mask[..., None], states, self.text_embedding_padding.to(states.dtype))
         kv = torch.stack([block.attn2.keys_values(states) for block in self.blocks], dim=1)
