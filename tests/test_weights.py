@@ -279,6 +279,18 @@ def test_links_may_not_leave_a_cached_repository(places):
         read(find("org/name"))
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
+    """Its first two bytes are then 0x80 and a protocol number."""
+    path = tmp_path / "a.safetensors"
+    for padding in range(length):
+        save_file({"x": torch.ones(2)}, path, {"note": "a" * padding})
+        if int.from_bytes(path.read_bytes()[:8], "little") == length:
+            break
+    assert path.read_bytes()[:2] == bytes([0x80, length // 256])
+    same(weights.read(path), {"x": torch.ones(2)})
+
+
 def test_only_a_pickle_there_is_said(tmp_path):
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsNotFound, match="pytorch_model.bin is a pickle"):

@@ -173,6 +173,7 @@ def load_peft(folder: str | Path, module: nn.Module) -> list[nn.Parameter]:
         file, tensors = pickled, weights.read_pickle(pickled)
     else:
         tensors = weights.read(file)
+    tensors = _unfused(module, tensors, file)
     return _load(file, tensors, [Part(module, tensors, "", _by_name(module), settings)])
 
 
@@ -231,6 +232,29 @@ def _by_name(module: nn.Module) -> Callable[[str], str | None]:
         return next((spelling for spelling in spellings if spelling in layers), None)
 
     return locate
+
+
+# Tencent's own Hunyuan-DiT projects to queries, keys and values at once; diffusers' layers in its order.
+_FUSED = {"Wqkv": ("to_q", "to_k", "to_v"), "kv_proj": ("to_k", "to_v"), "q_proj": ("to_q",), "out_proj": ("to_out.0",)}
+
+
+def _unfused(module: nn.Module, tensors: dict[str, Tensor], file: str | Path) -> dict[str, Tensor]:
+    """The adapter of a fused layer as adapters of the layers that `module` has in its place: the common A, and of B and
+    the magnitude each its rows. What names a layer that is there stays as it is."""
+    layers, locate, split = adaptable(module), _by_name(module), {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        head, _, last = match["path"].rpartition(".") if match else ("", "", "")
+        names = [f"{head}.{name}" for name in _FUSED.get(last, ())]
+        if not names or locate(match["path"]) or not all(locate(name) in layers for name in names):
+            split[key] = tensor
+            continue
+        whole = match["A"] or match["alpha"]
+        if not whole and (tensor.dim() == 0 or len(tensor) % len(names)):
+            raise WeightsError(f"{file}: {key} is {tuple(tensor.shape)}, which is not {len(names)} layers of one size")
+        parts = [tensor] * len(names) if whole else tensor.chunk(len(names))
+        split |= {name + key[len(match["path"]) :]: part for name, part in zip(names, parts)}
+    return split
 
 
 def _by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str | None]:

@@ -72,7 +72,8 @@ def _foreign(start: bytes) -> str | None:
         return "is a Git LFS pointer, not the file itself: run `git lfs pull`, or use `hf download`"
     if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
         return "is a web page, not weights: the download wants a login, or its address is wrong"
-    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
+    # a header of 640, 896, 1152 or 1408 bytes begins as a pickle does, but with zeros and a brace behind it
+    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05](?!\x00{6}\{)", start):
         return "is a zip or pickle such as torch.save writes (.bin, .pt, .pth), not safetensors"
     if start.startswith(b"\x1f\x8b"):
         return "is gzip-compressed: unpack it first"
