@@ -6,11 +6,13 @@ own. Nothing here knows a schedule, a prompt or a file.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanomed.layers.convolution import convolve
 
 # ------------------------------------------------------------------------------------------------------------- time
 
@@ -126,14 +128,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbour doubling, or growth to another size (H', W'), then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        return convolve(self.conv, F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
 class ResnetBlock(nn.Module):
@@ -160,7 +162,7 @@ class ResnetBlock(nn.Module):
         more = () if zq is None else (zq,)
         h = F.silu(self.norm1(x, *more))
         x, h = self._resampled(x), self._resampled(h)
-        h = self.conv1(h)
+        h = convolve(self.conv1, h)
         if time is None:
             h = self.norm2(h, *more)
         else:
@@ -170,8 +172,8 @@ class ResnetBlock(nn.Module):
                 h = torch.addcmul(shift, self.norm2(h), 1 + scale)
             else:
                 h = self.norm2(h + emb)
-        h = self.conv2(F.silu(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = convolve(self.conv2, F.silu(h))
+        return h + (x if self.conv_shortcut is None else convolve(self.conv_shortcut, x))
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":

@@ -1,0 +1,216 @@
+"""Stable Diffusion's U-Net against diffusers on random weights that `save_pretrained` wrote, the published names,
+shapes and adapter sizes, and what a config may ask for."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from conftest import close
+from diffusers import UNet2DConditionModel
+from manifests import about, config, names_and_shapes
+
+from nanomed import weights
+from nanomed.adapters import lora
+from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiffusionUNet, load_stable_diffusion
+from nanomed.text.clip import ClipText, ClipTextConfig
+
+COMMON = dict(in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=8)
+SD1 = COMMON | dict(
+    block_out_channels=(32, 48, 64, 64), cross_attention_dim=24, attention_head_dim=8, sample_size=16,
+    down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+)  # fmt: skip
+SDXL = COMMON | dict(
+    block_out_channels=(32, 48, 64), cross_attention_dim=40, attention_head_dim=(2, 3, 4), sample_size=16,
+    down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2), transformer_layers_per_block=(1, 2, 3),
+    up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
+)  # fmt: skip
+MINIATURES = {"sd1": SD1, "sdxl": SDXL}
+
+
+@cache
+def folder(name: str, tmp: str) -> str:
+    """A U-Net of diffusers' with nothing at its trivial start, as `save_pretrained` writes it."""
+    torch.manual_seed(0)
+    reference = UNet2DConditionModel(**MINIATURES[name])
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    reference.save_pretrained(tmp)
+    return tmp
+
+
+@pytest.fixture(params=MINIATURES)
+def pair(request, tmp_path_factory):
+    """Both read the same folder: diffusers' network and ours."""
+    path = folder(request.param, str(tmp_path_factory.getbasetemp() / request.param))
+    return UNet2DConditionModel.from_pretrained(path).eval(), load_stable_diffusion(path)
+
+
+def inputs(unet: StableDiffusionUNet, height: int = 16, width: int = 8, dtype: torch.dtype = torch.float32) -> dict:
+    torch.manual_seed(1)
+    c = unet.config
+    given = dict(x=torch.randn(2, 4, height, width), prompt_embeds=torch.randn(2, 11, c.cross_attention_dim))
+    if c.addition_embed_type:
+        sizes = [[512, 700, 0, 16, 1024, 1024], [128, 64, 3, 0, 128, 64]]
+        given |= dict(text_embeds=torch.randn(2, 16), time_ids=torch.tensor(sizes, dtype=torch.float32))
+    return {name: value.to(dtype) for name, value in given.items()} | {"t": torch.tensor([981, 21])}
+
+
+def run_reference(reference, x, t, prompt_embeds, text_embeds=None, time_ids=None):
+    added = {"text_embeds": text_embeds, "time_ids": time_ids}
+    return reference(x, t, prompt_embeds, added_cond_kwargs=added if time_ids is not None else None).sample
+
+
+def gradients(network, out, given: dict) -> dict[str, torch.Tensor]:
+    """Of parameters and floating-point inputs, by name, for one fixed probe of the output."""
+    torch.manual_seed(2)
+    (out * torch.randn(out.shape).to(out.dtype)).sum().backward()
+    found = {name: p.grad for name, p in network.named_parameters()}
+    return found | {f"input {name}": v.grad for name, v in given.items() if v.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "dtype, of_outputs, of_gradients", [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-10, 1e-10)]
+)
+@pytest.mark.parametrize("height, width", [(16, 8), (10, 9)])  # sides that halve, and some that are rounded up
+def test_unet_equals_diffusers(pair, height, width, dtype, of_outputs, of_gradients):
+    reference, ours = (network.to(dtype) for network in pair)
+    outs, grads = [], []
+    for network, run in ((reference, run_reference), (ours, StableDiffusionUNet.__call__)):
+        given = inputs(ours, height, width, dtype)
+        for name in given.keys() - {"t", "time_ids"}:
+            given[name].requires_grad_()
+        outs.append(run(network, **given))
+        grads.append(gradients(network, outs[-1], given))
+    close(outs[1], outs[0], of_outputs)
+    assert grads[0].keys() == grads[1].keys()
+    largest = max(g.abs().max().item() for g in grads[0].values())
+    for name, gradient in grads[0].items():
+        assert (grads[1][name] - gradient).abs().max().item() <= of_gradients * largest, name
+
+
+def test_text_that_was_read_once_gives_the_same(pair):
+    """To rounding: keys and values, and of SDXL the sum of pooled text and sizes."""
+    _, ours = pair
+    given = inputs(ours)
+    conditions = {name: given[name] for name in given.keys() - {"x", "t"}}
+    with torch.no_grad():
+        read = ours.read_text(**conditions)
+        assert all(len(value) == 2 for value in read.values())
+        close(ours(given["x"], given["t"], **read), ours(**given), 1e-6)
+
+
+def test_each_input_matters(pair):
+    """Every one moves the output by far more than the tolerance, each of the six sizes too."""
+    _, ours = pair
+    given = inputs(ours)
+    with torch.no_grad():
+        base = ours(**given)
+        for name in given:
+            changed = given | {name: given[name] + (1 if name == "t" else 0.1)}
+            if name != "time_ids":
+                assert (ours(**changed) - base).abs().max() > 2e-4, name
+        for i in range(6 if "time_ids" in given else 0):
+            sizes = given["time_ids"].clone()
+            sizes[:, i] += 8
+            assert (ours(**given | {"time_ids": sizes}) - base).abs().max() > 2e-4, i
+
+
+def test_checkpointing_changes_no_gradient(pair):
+    _, ours = pair
+    found = []
+    for ours.checkpointing in (False, True):
+        ours.zero_grad()
+        found.append(gradients(ours, ours(**inputs(ours)), {}))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_bfloat16_is_close_and_stays_bfloat16(pair):
+    _, ours = pair
+    with torch.no_grad():
+        expected, half = ours(**inputs(ours)), ours.bfloat16()(**inputs(ours, dtype=torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    close(half.float(), expected, 0.1)
+
+
+# --------------------------------------------------------------------------------------------------- published files
+
+
+@pytest.mark.parametrize("component", ["sd14_unet", "sd15_unet", "sdxl_unet"])
+def test_published_names_and_shapes_load_strictly(component, tmp_path):
+    """Built from the published config and from nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(config(component)))
+    module = weights.build(StableDiffusionUNet, StableDiffusionConfig.from_json(tmp_path))
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in names_and_shapes(component).items()}
+    module.load_state_dict(tensors, strict=True, assign=True)
+    assert sum(p.numel() for p in module.parameters()) == about(component)["params"]
+
+
+def published(component: str) -> torch.nn.Module:
+    stated = config(component)
+    if component.endswith("unet"):
+        names = StableDiffusionConfig.__annotations__
+        return weights.build(StableDiffusionUNet, StableDiffusionConfig(**{k: stated[k] for k in stated if k in names}))
+    stated = {k: v for k, v in stated.items() if k in ClipTextConfig.__annotations__}
+    return weights.build(ClipText, ClipTextConfig(**stated), projection=component.endswith("_2"))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 128])
+@pytest.mark.parametrize(
+    "component, each", [("sd14_unet", 199_296), ("sd15_unet", 199_296), ("sdxl_unet", 1_451_520),
+                        ("sd15_text_encoder", 73_728), ("sdxl_text_encoder", 73_728), ("sdxl_text_encoder_2", 327_680)]
+)  # fmt: skip
+def test_adapters_have_the_published_sizes(component, each, rank):
+    targets = lora.ATTENTION if component.endswith("unet") else ("q_proj", "k_proj", "v_proj", "out_proj")
+    assert sum(p.numel() for p in lora.inject(published(component), rank, targets=targets)) == each * rank
+
+
+@pytest.mark.parametrize("component", ["sd14_unet", "sd15_unet", "sdxl_unet", "sd15_text_encoder"])
+def test_adapters_have_the_published_names(component):
+    targets = lora.ATTENTION if component.endswith("unet") else ("q_proj", "k_proj", "v_proj", "out_proj")
+    module = published(component)
+    lora.inject(module, 4, targets=targets)
+    ours = {f"base_model.model.{name}": tuple(tensor.shape) for name, tensor in lora.state(module).items()}
+    assert ours == names_and_shapes(f"lora/{component}_r4")
+
+
+def test_every_setting_at_its_default_is_known(tmp_path):
+    """A file of today's diffusers states 50 settings, those of 2022 only a few."""
+    UNet2DConditionModel(**SD1).save_config(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    assert len(stated) >= 50
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in SD1.items()}
+    assert StableDiffusionConfig.from_json(tmp_path) == StableDiffusionConfig(**given)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("flip_sin_to_cos", False), ("freq_shift", 1), ("act_fn", "gelu"), ("class_embed_type", "timestep"),
+        ("time_cond_proj_dim", 256), ("num_attention_heads", 8), ("upcast_attention", True),
+        ("dual_cross_attention", True),
+        ("resnet_time_scale_shift", "scale_shift"), ("addition_embed_type", "image"), ("encoder_hid_dim", 64),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"), ("mid_block_type", None), ("only_cross_attention", True),
+        ("down_block_types", ["KDownBlock2D"] * 4), ("layers_per_block", [2, 2, 2, 2]), ("center_input_sample", True),
+        ("block_out_channels", [32, 64]), ("attention_head_dim", 7), ("addition_embed_type", "text_time"),
+        ("a_setting_of_tomorrow", 3), ("reverse_transformer_layers_per_block", [1, 1, 1, 1]),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_by_name(tmp_path, name, value):
+    stated = {k: v for k, v in SD1.items()} | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    said = {"block_out_channels": "2 levels", "attention_head_dim": "7 heads", "down_block_types": "KDownBlock2D"}
+    says = "text_time" if value == "text_time" else said.get(name, name)
+    with pytest.raises(weights.WeightsError, match=says):
+        StableDiffusionConfig.from_json(tmp_path)
+
+
+def test_sdxl_without_its_conditions_says_which(tmp_path_factory):
+    ours = load_stable_diffusion(folder("sdxl", str(tmp_path_factory.getbasetemp() / "sdxl")))
+    given = inputs(ours)
+    with pytest.raises(ValueError, match="time_ids"):
+        ours(given["x"], given["t"], given["prompt_embeds"])
