@@ -7,11 +7,12 @@ from functools import cache
 import pytest
 import torch
 from conftest import close
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from manifests import about, config, names_and_shapes
+from safetensors.torch import load_file, save_file
 
 from nanomed import weights
-from nanomed.adapters import lora
+from nanomed.adapters import formats, lora
 from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiffusionUNet, load_stable_diffusion
 from nanomed.text.clip import ClipText, ClipTextConfig
 
@@ -207,6 +208,139 @@ def test_what_is_not_known_is_refused_by_name(tmp_path, name, value):
     says = "text_time" if value == "text_time" else said.get(name, name)
     with pytest.raises(weights.WeightsError, match=says):
         StableDiffusionConfig.from_json(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+EVERYWHERE = (*lora.ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
+              "time_emb_proj", "conv_in", "conv_out", "linear_1", "linear_2", "downsamplers.0.conv",
+              "upsamplers.0.conv")  # fmt: skip
+
+
+def adapted(ours, targets=EVERYWHERE) -> dict[str, torch.Tensor]:
+    """Adapters that do something on all these layers, alpha = rank; a copy of their tensors by their names."""
+    torch.manual_seed(3)
+    for parameter in lora.inject(ours, 2, targets=targets):
+        parameter.data = 0.05 * torch.randn_like(parameter)
+    return {name: tensor.clone() for name, tensor in lora.state(ours).items()}
+
+
+def adapters_equal(ours, tensors: dict[str, torch.Tensor]) -> None:
+    state = lora.state(ours)
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_diffusers_file_for_all_layers_is_read_by_both(pair, tmp_path):
+    """Convolutions, conv_in, conv_out and time_embedding among them, in PEFT's and in the older spelling."""
+    reference, ours = pair
+    tensors = adapted(ours)
+    formats.save_diffusers(tmp_path, {"unet": ours})
+    pipeline = StableDiffusionXLPipeline if ours.config.addition_embed_type else StableDiffusionPipeline
+    found = pipeline.lora_state_dict(tmp_path, return_lora_metadata=True, unet_config=reference.config)
+    pipeline.load_lora_into_unet(found[0], found[1], reference, metadata=found[2])
+    with torch.no_grad():
+        expected = run_reference(reference, **inputs(ours))
+        close(ours(**inputs(ours)), expected, 1e-5)
+        lora.remove(ours)
+        assert (ours(**inputs(ours)) - expected).abs().max() > 0.05
+    older = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for k, t in tensors.items()}
+    for written in (tensors, older):
+        save_file({f"unet.{key}": tensor for key, tensor in written.items()}, tmp_path / "again.safetensors")
+        formats.load_diffusers(tmp_path / "again.safetensors", {"unet": ours})
+        adapters_equal(ours, tensors)
+        lora.remove(ours)
+
+
+def test_a_kohya_file_for_all_layers_comes_back(pair, tmp_path):
+    """LoCon: adapters on convolutions, the ends and the embeddings too."""
+    _, ours = pair
+    tensors = adapted(ours)
+    formats.save_kohya(tmp_path / "a.safetensors", {"unet": ours})
+    written = load_file(tmp_path / "a.safetensors")
+    assert written["lora_unet_conv_in.lora_down.weight"].shape == (2, 4, 3, 3)
+    assert written["lora_unet_time_embedding_linear_1.alpha"].item() == 2
+    lora.remove(ours)
+    formats.load_kohya(tmp_path / "a.safetensors", {"unet": ours})
+    adapters_equal(ours, tensors)
+
+
+# The first of SDXL's layers of each kind in Stability's names, by hand; its second level is input_blocks 4 to 6.
+BY_HAND = {
+    "conv_in": "input_blocks_0_0",
+    "down_blocks.0.resnets.0.conv1": "input_blocks_1_0_in_layers_2",
+    "down_blocks.0.resnets.1.time_emb_proj": "input_blocks_2_0_emb_layers_1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks_3_0_op",
+    "down_blocks.1.resnets.0.conv_shortcut": "input_blocks_4_0_skip_connection",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+    "down_blocks.2.attentions.1.transformer_blocks.2.ff.net.2": "input_blocks_8_1_transformer_blocks_2_ff_net_2",
+    "mid_block.resnets.0.conv2": "middle_block_0_out_layers_3",
+    "mid_block.attentions.0.proj_in": "middle_block_1_proj_in",
+    "mid_block.resnets.1.conv1": "middle_block_2_in_layers_2",
+    "up_blocks.0.attentions.2.transformer_blocks.1.attn2.to_k": "output_blocks_2_1_transformer_blocks_1_attn2_to_k",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks_2_2_conv",
+    "up_blocks.1.resnets.0.conv_shortcut": "output_blocks_3_0_skip_connection",
+    "up_blocks.1.upsamplers.0.conv": "output_blocks_5_2_conv",
+    "up_blocks.2.resnets.2.conv2": "output_blocks_8_0_out_layers_3",
+    "time_embedding.linear_1": "time_embed_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+    "conv_out": "out_2",
+}
+
+
+def kohya_file(path, tensors: dict[str, torch.Tensor], spell) -> None:
+    """Kohya's keys for adapter tensors, each layer's name as `spell` has it."""
+    written = {}
+    for name, tensor in tensors.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        key = f"lora_unet_{spell(layer)}"
+        written[f"{key}.{ {'lora_A': 'lora_down', 'lora_B': 'lora_up'}[factor] }.weight"] = tensor
+        written[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(written, path)
+
+
+@pytest.fixture
+def sdxl(tmp_path_factory):
+    path = folder("sdxl", str(tmp_path_factory.getbasetemp() / "sdxl"))
+    return UNet2DConditionModel.from_pretrained(path).eval(), load_stable_diffusion(path)
+
+
+def test_stabilitys_block_names_are_read(sdxl, tmp_path):
+    """As the file is written by hand, to the bit; and diffusers' converter reads the same of it."""
+    reference, ours = sdxl
+    tensors = adapted(ours, targets=tuple(BY_HAND))
+    assert {name.split(".lora_")[0] for name in tensors} == BY_HAND.keys()
+    kohya_file(tmp_path / "a.safetensors", tensors, BY_HAND.__getitem__)
+    lora.remove(ours)
+    formats.load_kohya(tmp_path / "a.safetensors", {"unet": ours})
+    adapters_equal(ours, tensors)
+    found = StableDiffusionXLPipeline.lora_state_dict(tmp_path / "a.safetensors", unet_config=reference.config)
+    StableDiffusionXLPipeline.load_lora_into_unet(*found[:2], reference)
+    with torch.no_grad():
+        close(ours(**inputs(ours)), run_reference(reference, **inputs(ours)), 1e-5)
+
+
+@pytest.mark.parametrize("component", ["sd15_unet", "sdxl_unet"])
+def test_stabilitys_names_of_the_published_networks_are_as_many_as_layers(component):
+    """No two layers share a name, and the levels end where the authors' networks end."""
+    layers = lora.adaptable(published(component))
+    names = formats._stability_names(layers)
+    assert names.keys() == set(layers) and len(set(names.values())) == len(layers)
+    said = {".".join(name.split(".")[:2]) for name in names.values() if name.startswith(("input", "output"))}
+    blocks = {"sd15_unet": 12, "sdxl_unet": 9}[component]
+    assert said == {f"{side}_blocks.{i}" for side in ("input", "output") for i in range(blocks)}
+    if component == "sd15_unet":  # the innermost level reads no text, so its upsampler stands second, not third
+        assert names["up_blocks.0.upsamplers.0.conv"] == "output_blocks.2.1.conv"
+        assert names["up_blocks.1.upsamplers.0.conv"] == "output_blocks.5.2.conv"
+
+
+def test_a_block_that_the_network_has_not_is_refused(sdxl, tmp_path):
+    _, ours = sdxl
+    tensors = adapted(ours, targets=("conv_in",))
+    lora.remove(ours)
+    kohya_file(tmp_path / "a.safetensors", tensors, lambda _: "input_blocks_9_1_proj_in")
+    with pytest.raises(weights.WeightsError, match="input_blocks_9_1_proj_in"):
+        formats.load_kohya(tmp_path / "a.safetensors", {"unet": ours})
 
 
 def test_sdxl_without_its_conditions_says_which(tmp_path_factory):
