@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed.layers.convolution import convolve
+from nanomed.layers.convolution import convolve, convolve_doubled
 
 # ------------------------------------------------------------------------------------------------------------- time
 
@@ -135,7 +135,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        return convolve(self.conv, F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+        if size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
+            return convolve_doubled(self.conv, x)
+        return convolve(self.conv, F.interpolate(x, size, mode="nearest"))
 
 
 class ResnetBlock(nn.Module):
