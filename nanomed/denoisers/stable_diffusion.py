@@ -32,6 +32,7 @@ from nanomed.layers.blocks import (
     sinusoid,
 )
 from nanomed.layers.convolution import convolve
+from nanomed.layers.linear import multiply
 
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # kinds of level by name: does it read text?
 UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -180,7 +181,7 @@ class Transformer(nn.Module):
     def projected(projection: nn.Module, x: Tensor) -> Tensor:
         """Linear or a 1 x 1 convolution over the channels of a map (B, C, H, W)."""
         if isinstance(projection, nn.Linear):
-            return projection(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return multiply(projection, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return convolve(projection, x)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.layers.convolution import convolve, convolve_doubled
+from nanomed.layers.linear import multiply
 
 # ------------------------------------------------------------------------------------------------------------- time
 
@@ -61,7 +62,7 @@ class Attention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a context, (B, heads, L, head_dim) each: the same at every step of a sampler."""
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
+        return self.split(multiply(self.to_k, context)), self.split(multiply(self.to_v, context))
 
     def forward(
         self,
@@ -73,8 +74,8 @@ class Attention(nn.Module):
         """mask broadcasts to (B, heads, N, L): true where attention may look, or a float added to the scores. `kv` is
         what `keys_values` made of the context."""
         k, v = self.keys_values(x if context is None else context) if kv is None else kv
-        out = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(self.split(multiply(self.to_q, x)), k, v, attn_mask=mask)
+        return multiply(self.to_out[0], out.transpose(1, 2).flatten(2))
 
 
 class Projected(nn.Module):
@@ -86,7 +87,7 @@ class Projected(nn.Module):
         self.proj = nn.Linear(dim, inner * (2 if activation == "geglu" else 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
+        x = multiply(self.proj, x)
         if self.activation == "geglu":  # Shazeer 2020
             x, gate = x.chunk(2, dim=-1)
             return x * F.gelu(gate)
@@ -103,7 +104,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([Projected(dim, inner, activation), nn.Identity(), nn.Linear(inner, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        return multiply(self.net[2], self.net[0](x))
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions

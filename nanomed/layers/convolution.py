@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomed.layers.linear import product
+
 # kernel, stride, padding, dilation, groups, padding mode of the convolutions that are products here
 POINT = (1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"
 SAME = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
@@ -28,11 +30,11 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
         return layer(x)
     pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C), contiguous
     if kind == POINT:
-        return F.linear(pixels, weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+        return product(pixels, weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
     small = pixels[..., 0].numel() < layer.in_channels
     if kind == SAME and small and weight.is_contiguous(memory_format=last):
         rows = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C), no copy
-        return F.linear(Neighbours.apply(pixels), rows, layer.bias).permute(0, 3, 1, 2)
+        return product(Neighbours.apply(pixels), rows, layer.bias).permute(0, 3, 1, 2)
     return layer(x)
 
 
