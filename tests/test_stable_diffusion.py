@@ -4,8 +4,10 @@ shapes and adapter sizes, and what a config may ask for."""
 import json
 from functools import cache
 
+import diffusers
 import pytest
 import torch
+import transformers
 from conftest import close
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from manifests import about, config, names_and_shapes
@@ -14,7 +16,11 @@ from safetensors.torch import load_file, save_file
 from nanomed import weights
 from nanomed.adapters import formats, lora
 from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiffusionUNet, load_stable_diffusion
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided
+from nanomed.diffusion.process import Diffusion
 from nanomed.text.clip import ClipText, ClipTextConfig
+from nanomed.text.tokenizers import ClipTokenizer, train_bpe
 
 COMMON = dict(in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=8)
 SD1 = COMMON | dict(
@@ -348,3 +354,155 @@ def test_sdxl_without_its_conditions_says_which(tmp_path_factory):
     given = inputs(ours)
     with pytest.raises(ValueError, match="time_ids"):
         ours(given["x"], given["t"], given["prompt_embeds"])
+
+
+# ---------------------------------------------------------------------------------------------------- prompt to latents
+
+PROMPTS = ["a polyp in the colon!", "no finding"]
+NEGATIVE = ["a blurred image", ""]
+SCHEDULER = dict(beta_start=0.000085, beta_end=0.0012, beta_schedule="scaled_linear", steps_offset=1,
+                 clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")  # fmt: skip
+# A tenth of the published betas: a random network's latents then stay near 1 and hide no error.
+STEPS = 5
+
+
+def tower(tokenizer: ClipTokenizer, width: int, act: str, projection: int | None):
+    settings = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=77, hidden_act=act, projection_dim=projection or 16, bos_token_id=0, eos_token_id=2,
+        pad_token_id=1,
+    )  # fmt: skip
+    make = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    reference = make(settings).eval()
+    for parameter in reference.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    names = ClipTextConfig.__annotations__
+    ours = ClipText(ClipTextConfig(**{k: v for k, v in settings.to_dict().items() if k in names}), bool(projection))
+    state = dict(reference.state_dict())
+    if not projection:
+        state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
+    return reference, weights.load(ours, state).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Ours and transformers' of two folders; the second pads with "!"."""
+    first, found = train_bpe(PROMPTS + NEGATIVE, merges=20), []
+    for pad in ("<|endoftext|>", "!"):
+        path = tmp_path_factory.mktemp("tokenizer")
+        ClipTokenizer(first.vocab, first.merges, pad).save(path)
+        found.append(
+            (ClipTokenizer.from_folder(path), transformers.CLIPTokenizer.from_pretrained(path, model_max_length=77))
+        )
+    assert found[0][0].pad_id != found[1][0].pad_id
+    return found
+
+
+def small_vae():
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
+    ).eval()  # fmt: skip
+
+
+def latents_of_sd1(parts, prompts, negative, start, guidance: float = 7.5, steps: int = STEPS):
+    """Prompt to latents as Stable Diffusion 1.x does it."""
+    tokenizer, clip, unet = parts
+    diffusion = Diffusion.from_settings(SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "here")
+
+    def read(texts):
+        return unet.read_text(clip(tokenizer(texts)[0]))
+
+    denoise = guided(unet, read(prompts), read(negative), guidance)
+    return samplers.pndm(denoise, diffusion, start, steps)
+
+
+def latents_of_sdxl(parts, prompts, negative, start, guidance: float = 5.0, steps: int = STEPS):
+    """The same of SDXL; without negative prompts its null is zeros."""
+    tokenizers, clips, unet = parts
+    diffusion = Diffusion.from_settings(SCHEDULER | {"_class_name": "EulerDiscreteScheduler"}, "here")
+    height, width = (8 * side for side in start.shape[2:])
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(start), dtype=torch.float32)
+
+    def embeds(texts):
+        both = [clip.features(tokenizer(texts)[0]) for tokenizer, clip in zip(tokenizers, clips)]
+        return torch.cat([states.penultimate for states in both], dim=-1), both[1].embeds
+
+    states, pooled = embeds(prompts)
+    none = embeds(negative) if negative else (torch.zeros_like(states), torch.zeros_like(pooled))
+    denoise = guided(unet, unet.read_text(states, pooled, sizes), unet.read_text(*none, sizes), guidance)
+    return samplers.euler(denoise, diffusion, start, steps)
+
+
+@pytest.fixture
+def sd1_pipelines(tokenizers, tmp_path_factory):
+    torch.manual_seed(4)
+    path = folder("sd1", str(tmp_path_factory.getbasetemp() / "sd1"))
+    (ours, theirs), (reference, clip) = tokenizers[0], tower(tokenizers[0][0], 24, "quick_gelu", None)
+    pipeline = StableDiffusionPipeline(
+        vae=small_vae(), text_encoder=reference, tokenizer=theirs, unet=UNet2DConditionModel.from_pretrained(path),
+        scheduler=diffusers.PNDMScheduler(**drop("clip_sample"), skip_prk_steps=True), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, (ours, clip, load_stable_diffusion(path))
+
+
+@pytest.fixture
+def sdxl_pipelines(tokenizers, tmp_path_factory):
+    torch.manual_seed(4)
+    path = folder("sdxl", str(tmp_path_factory.getbasetemp() / "sdxl"))
+    towers = [tower(tokenizers[0][0], 16, "quick_gelu", None), tower(tokenizers[1][0], 24, "gelu", 16)]
+    pipeline = StableDiffusionXLPipeline(
+        vae=small_vae(), text_encoder=towers[0][0], text_encoder_2=towers[1][0], tokenizer=tokenizers[0][1],
+        tokenizer_2=tokenizers[1][1], unet=UNet2DConditionModel.from_pretrained(path),
+        scheduler=diffusers.EulerDiscreteScheduler(**drop("clip_sample", "set_alpha_to_one")),
+        force_zeros_for_empty_prompt=True, add_watermarker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    parts = [tokenizer for tokenizer, _ in tokenizers], [ours for _, ours in towers], load_stable_diffusion(path)
+    return pipeline, parts
+
+
+def drop(*names: str) -> dict:
+    return {name: value for name, value in SCHEDULER.items() if name not in names}
+
+
+def start_noise() -> torch.Tensor:
+    return torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@torch.no_grad()
+def test_prompts_to_latents_equal_stable_diffusions_pipeline(sd1_pipelines, guidance):
+    pipeline, parts = sd1_pipelines
+    given = dict(num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent", latents=start_noise())
+    expected = pipeline(PROMPTS, negative_prompt=NEGATIVE, height=128, width=64, **given).images
+    assert 0.3 < expected.std() < 10
+    close(latents_of_sd1(parts, PROMPTS, NEGATIVE, start_noise(), guidance), expected, 1e-5)
+
+
+@pytest.mark.parametrize("negative", [None, NEGATIVE])
+@torch.no_grad()
+def test_prompts_to_latents_equal_sdxls_pipeline(sdxl_pipelines, negative):
+    pipeline, parts = sdxl_pipelines
+    given = dict(num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent", latents=start_noise())
+    expected = pipeline(PROMPTS, negative_prompt=negative, height=128, width=64, **given).images
+    assert 0.3 < expected.std() < 10
+    close(latents_of_sdxl(parts, PROMPTS, negative, start_noise()), expected, 1e-5)
+
+
+@torch.no_grad()
+def test_planted_mistakes_show_tenfold(sd1_pipelines, sdxl_pipelines):
+    """A step fewer, a guidance 2% off, the first tokenizer's padding in the second's place, encoded negatives where
+    zeros belong."""
+    sd1, sdxl, noise = sd1_pipelines[1], sdxl_pipelines[1], start_noise()
+    right, right_xl = latents_of_sd1(sd1, PROMPTS, NEGATIVE, noise), latents_of_sdxl(sdxl, PROMPTS, None, noise)
+    same_pad = ([sdxl[0][0], sdxl[0][0]], *sdxl[1:])
+    for wrong, expected in (
+        (latents_of_sd1(sd1, PROMPTS, NEGATIVE, noise, steps=STEPS - 1), right),
+        (latents_of_sd1(sd1, PROMPTS, NEGATIVE, noise, guidance=7.65), right),
+        (latents_of_sdxl(same_pad, PROMPTS, None, noise), right_xl),
+        (latents_of_sdxl(sdxl, PROMPTS, ["", ""], noise), right_xl),
+    ):
+        assert (wrong - expected).abs().max() > 10 * 1e-5 * max(1, expected.abs().max())
