@@ -3,6 +3,7 @@ Gaussian whose probability-flow solution is known in closed form."""
 
 import json
 
+import diffusers
 import pytest
 import torch
 from conftest import close
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided, self_conditioned
 from nanomed.diffusion.process import Diffusion
+from nanomed.weights import WeightsError
 
 MSDM = dict(beta_start=0.002, beta_end=0.02, schedule="scaled_linear", spacing="msdm")
 
@@ -205,3 +207,87 @@ def test_min_snr_weights_follow_the_prediction_type():
 def test_steps_outside_the_table_are_refused():
     with pytest.raises(ValueError, match="steps = 0"):
         Diffusion().timesteps(0)
+
+
+# ---------------------------------------------------------------------------------------- Stable Diffusion's own files
+
+LATENT = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+              steps_offset=1, trained_betas=None, set_alpha_to_one=False)  # fmt: skip
+STATED = {  # `scheduler_config.json` as published
+    "sd14": LATENT | dict(_class_name="PNDMScheduler", skip_prk_steps=True),
+    "sd15": LATENT | dict(_class_name="PNDMScheduler", skip_prk_steps=True, clip_sample=False),
+    "sdxl": LATENT | dict(_class_name="EulerDiscreteScheduler", clip_sample=False, interpolation_type="linear",
+                          prediction_type="epsilon", sample_max_value=1.0, skip_prk_steps=True,
+                          timestep_spacing="leading", use_karras_sigmas=False),
+    "ddim": LATENT | dict(_class_name="DDIMScheduler", clip_sample=False, skip_prk_steps=True),
+    "ddim_v": LATENT | dict(_class_name="DDIMScheduler", clip_sample=False, prediction_type="v_prediction"),
+    "ddpm": LATENT | dict(_class_name="DDPMScheduler", clip_sample=False),
+}  # fmt: skip
+BY_CLASS = {"PNDMScheduler": samplers.pndm, "EulerDiscreteScheduler": samplers.euler, "DDIMScheduler": samplers.ddim,
+            "DDPMScheduler": samplers.ddpm}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 50, 150])
+@pytest.mark.parametrize("name", STATED)
+def test_stable_diffusions_schedulers_are_followed_from_their_files(tmp_path, name, steps):
+    """Every input of the network and the last sample, to 1e-5, on the file as it is published: the grid, where it
+    ends, the deviation Euler starts with and the scale of what its network sees."""
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(STATED[name]))
+    scheduler = getattr(diffusers, STATED[name]["_class_name"]).from_pretrained(tmp_path)
+    scheduler.set_timesteps(steps)
+    torch.manual_seed(0)
+    start = torch.randn(3, 4, 2, 2)
+    seen, expected = [], []
+
+    def network(x, t):
+        return torch.sin(0.7 * x + 0.001 * t.view(-1, 1, 1, 1))
+
+    generator = torch.Generator().manual_seed(1)
+    x = start * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        expected.append((scaled, int(t)))
+        more = {"generator": generator} if "ddpm" in name else {}
+        x = scheduler.step(network(scaled, t.expand(3)), t, x, **more).prev_sample
+
+    class Drawn:
+        generator = torch.Generator().manual_seed(1)
+
+        def randn(self, *shape):
+            return torch.randn(3, *shape, generator=self.generator)
+
+    def denoise(x, t):
+        seen.append((x, t[0].item()))
+        return network(x, t)
+
+    diffusion = Diffusion.from_json(tmp_path)
+    out = BY_CLASS[STATED[name]["_class_name"]](denoise, diffusion, start, steps, Drawn())
+    assert [t for _, t in seen] == [t for _, t in expected]
+    for (a, _), (b, _) in zip(seen, expected):
+        close(a, b, 1e-5)
+    close(out, x, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("sd15", {"skip_prk_steps": False}, "skip_prk_steps = False"),
+        ("sd15", {"timestep_spacing": "trailing"}, "timestep_spacing = 'trailing'"),
+        ("sd15", {"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
+        ("ddim", {"timestep_spacing": "linspace"}, "timestep_spacing = 'linspace'"),
+        ("sdxl", {"timestep_spacing": "linspace"}, "timestep_spacing = 'linspace'"),
+        ("sdxl", {"interpolation_type": "log_linear"}, "interpolation_type = 'log_linear'"),
+        ("sdxl", {"timestep_type": "continuous"}, "timestep_type = 'continuous'"),
+        ("sdxl", {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
+        ("sdxl", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
+        ("sdxl", {"_class_name": "EulerAncestralDiscreteScheduler"}, "EulerAncestralDiscreteScheduler"),
+    ],
+)
+def test_what_a_scheduler_asks_for_and_is_not_known_is_refused_by_name(name, change, says):
+    with pytest.raises(WeightsError, match=says):
+        Diffusion.from_settings(STATED[name] | change, "scheduler")
+
+
+def test_a_grid_that_leaves_the_table_is_refused():
+    with pytest.raises(ValueError, match="offset of 1"):
+        Diffusion(spacing="leading", offset=1).timesteps(1000)

@@ -207,7 +207,8 @@ def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[n
 def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     """Give networks the adapters of a file in kohya's keys (LoRA and LoCon; alpha is the rank where it has none).
 
-    modules   as in `save_kohya`. The underscores of a key are matched with the names of the layers that are there.
+    modules   as in `save_kohya`. The underscores of a key are matched with the names of the layers that are there,
+              and with those that a U-Net's layers have in Stability's own code (`lora_unet_input_blocks_4_1_...`)
 
     Returns and raises as `load_diffusers`.
     """
@@ -260,8 +261,10 @@ def _unfused(module: nn.Module, tensors: dict[str, Tensor], file: str | Path) ->
 def _by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str | None]:
     """Paths whose dots have become underscores, which only the layers at hand can undo."""
     names: dict[str, set[str]] = defaultdict(set)
-    for name in adaptable(module):
-        for spelling in (name, f"text_model.{name}", name.removeprefix("text_model.")):
+    layers = adaptable(module)
+    others = _stability_names(layers)
+    for name in layers:
+        for spelling in (name, f"text_model.{name}", name.removeprefix("text_model."), others.get(name, name)):
             names[spelling.replace(".", "_")].add(name)
 
     def locate(key: str) -> str | None:
@@ -271,6 +274,51 @@ def _by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str 
         return next(iter(found), None)
 
     return locate
+
+
+# Layers of a U-Net in diffusers' names and in Stability's (and OpenAI's guided-diffusion before them).
+_IN_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+_AT_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+            "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+            "conv_in": "input_blocks.0.0", "conv_out": "out.2"}  # fmt: skip
+_LEVEL = re.compile(
+    r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)"
+)
+
+
+def _stability_names(layers: Collection[str]) -> dict[str, str]:
+    """What the layers of a U-Net are called in Stability's code, which counts blocks through all levels: a residual
+    block, its transformer and an upsampler share a number, conv_in and each downsampler have one of their own. How
+    many there are, the names tell."""
+    parts: dict[tuple[str, int], dict[str, int]] = defaultdict(Counter)  # (side, level) -> kind -> how many
+    for name in layers:
+        if match := _LEVEL.match(name):
+            side, level, kind, place = match.groups(default="0")
+            counts = parts[side, int(level)]
+            counts[kind] = max(counts[kind], int(place) + 1)
+
+    def renamed(side: str, level: int, kind: str, place: int, rest: str) -> str:
+        before = [counts for (where, i), counts in parts.items() if where == side and i < level]
+        done, here = sum(counts["resnets"] for counts in before), parts[side, level]
+        inside = _IN_RESNET.get(rest, rest) if kind == "resnets" else rest
+        if side == "mid_block":
+            return f"middle_block.{2 * place if kind == 'resnets' else 1}.{inside}"
+        if kind == "downsamplers":
+            return f"input_blocks.{1 + done + len(before) + here['resnets']}.0.op"
+        if kind == "upsamplers":
+            return f"output_blocks.{done + here['resnets'] - 1}.{2 if here['attentions'] else 1}.{rest}"
+        column = int(kind == "attentions")
+        if side == "down_blocks":
+            return f"input_blocks.{1 + done + len(before) + place}.{column}.{inside}"
+        return f"output_blocks.{done + place}.{column}.{inside}"
+
+    found = {name: _AT_ENDS[name] for name in layers if name in _AT_ENDS}
+    for name in layers:
+        if match := _LEVEL.match(name):
+            side, level, kind, place = match.groups(default="0")
+            found[name] = renamed(side, int(level), kind, int(place), name[match.end() + 1 :])
+    return found
 
 
 def _load(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -> list[nn.Parameter]:

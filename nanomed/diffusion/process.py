@@ -34,7 +34,7 @@ class Diffusion:
                  the most that it divides by
     variance     of an ancestral step: "fixed_small" (the posterior's), "fixed_large" (beta), or "learned_range", where
                  a second half of the channels says how far between the two (Nichol & Dhariwal 2021, eq. 15)
-    final_alpha  abar after the last step: 1 (all systems but SD's PNDM, which keeps abar_0)
+    final_alpha  abar where DDIM and PNDM end: 1, or abar_0 as Stable Diffusion's files have it; the others end at 1
     """
 
     beta_start: float = 1e-4
@@ -60,7 +60,7 @@ class Diffusion:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Diffusion":
-        """Read a published `scheduler_config.json`, or the one in a folder: of the DDPM, UnCLIP or DPM-Solver++ class.
+        """Read a published `scheduler_config.json`, or the one in a folder: of a class in `PUBLISHED`.
 
         Raises WeightsError where it is missing or asks for what is not known here.
         """
@@ -77,14 +77,14 @@ class Diffusion:
             raise WeightsError(
                 f"{where}: not one of {', '.join(PUBLISHED)} ({type(error).__name__}: {error})"
             ) from error
-        for name, known in KNOWN.items():
+        for name, known in (KNOWN | OF_CLASS.get(said["_class_name"], {})).items():
             if said.get(name, known[0]) not in known:
                 raise WeightsError(f"{where}: {name} = {said[name]!r} is not known here")
         spacing = said["timestep_spacing"]
         if spacing == "linspace" and said["_class_name"] != "DPMSolverMultistepScheduler":
             spacing = "unclip"  # linspace there leaves out the clean end, here it ends at 0
         limit = said["sample_max_value"] if said["thresholding"] else said["clip_sample"] and said["clip_sample_range"]
-        return cls(
+        diffusion = cls(
             said["beta_start"],
             said["beta_end"],
             said["beta_schedule"].removesuffix("_cap_v2"),
@@ -96,6 +96,9 @@ class Diffusion:
             variance=(said["variance_type"] or "fixed_small").removesuffix("_log"),
             length=said["num_train_timesteps"],
         )
+        if not said["set_alpha_to_one"]:
+            diffusion.final_alpha = diffusion.alphas_cumprod[0].item()
+        return diffusion
 
     def _betas(self) -> Tensor:
         if self.schedule == "linear":
@@ -120,6 +123,8 @@ class Diffusion:
             grid = [round(i * last / steps) for i in range(1, steps + 1)]
         elif self.spacing == "leading":  # ends below 999: with 150 steps the first timestep is 895
             grid = [i * (self.length // steps) + self.offset for i in range(steps)]
+            if grid[-1] > last:
+                raise ValueError(f"steps = {steps}: with an offset of {self.offset} that leaves the table")
         elif self.spacing == "unclip":
             grid = [round(i * last / max(steps - 1, 1)) for i in range(steps)] if steps > 1 else [0]
         else:
@@ -184,11 +189,15 @@ _DDPM = dict(
     num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon",
     timestep_spacing="leading", steps_offset=0, clip_sample=True, clip_sample_range=1.0, thresholding=False,
     dynamic_thresholding_ratio=0.995, sample_max_value=1.0, variance_type="fixed_small",
+    set_alpha_to_one=True,
 )  # fmt: skip
 PUBLISHED = {
     "DDPMScheduler": _DDPM,
     "UnCLIPScheduler": _DDPM | dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="linspace"),
     "DPMSolverMultistepScheduler": _DDPM | dict(clip_sample=False, timestep_spacing="linspace", variance_type=None),
+    "DDIMScheduler": _DDPM,
+    "PNDMScheduler": _DDPM | dict(clip_sample=False, skip_prk_steps=False, set_alpha_to_one=False),
+    "EulerDiscreteScheduler": _DDPM | dict(clip_sample=False, timestep_spacing="linspace"),
 }
 KNOWN: dict[str, tuple] = {  # settings and their values that carry over; the first is what silence means
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -205,4 +214,12 @@ KNOWN: dict[str, tuple] = {  # settings and their values that carry over; the fi
     **dict.fromkeys(["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
                      "use_flow_sigmas"], (False, None)),
     "final_sigmas_type": ("zero",),
+}  # fmt: skip
+_LEADING = {"timestep_spacing": ("leading",)}  # on other grids these go to timesteps of their own, not to the next one
+OF_CLASS: dict[str, dict[str, tuple]] = {
+    "DDIMScheduler": _LEADING,
+    "DPMSolverMultistepScheduler": {"timestep_spacing": ("linspace",)},
+    "PNDMScheduler": _LEADING | {"skip_prk_steps": (True,), "prediction_type": ("epsilon",)},
+    "EulerDiscreteScheduler": _LEADING | {"interpolation_type": ("linear",), "timestep_type": ("discrete",),
+                                         "sigma_min": (None,), "sigma_max": (None,)},
 }  # fmt: skip

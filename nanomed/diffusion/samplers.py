@@ -30,9 +30,9 @@ def _at(t: int, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
 
 
-def _alphas(diffusion: Diffusion, grid: list[int]) -> list[float]:
+def _alphas(diffusion: Diffusion, grid: list[int], final: float | None = None) -> list[float]:
     """abar at each timestep of the grid and then after the last step, as floats."""
-    return [diffusion.abars[t] for t in grid] + [diffusion.final_alpha]
+    return [diffusion.abars[t] for t in grid] + [diffusion.final_alpha if final is None else final]
 
 
 def ddim(
@@ -61,7 +61,7 @@ def ddpm(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise: N
     Noise is drawn wherever t > 0, so on a grid that ends at t = 1 also at the last step, where its variance is the
     floor 1e-20: as the reference does, which keeps the two aligned draw by draw.
     """
-    abar = torch.tensor(_alphas(diffusion, diffusion.timesteps(steps)))
+    abar = torch.tensor(_alphas(diffusion, diffusion.timesteps(steps), 1.0))
     return _ancestral(denoise, diffusion, x, steps, noise, 1 - abar[:-1] / abar[1:])
 
 
@@ -69,7 +69,7 @@ def unclip(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise:
     """The sampler of the unCLIP and Kandinsky priors: `ddpm`, but a step that goes from t to t - 1 takes beta_t from
     the schedule. In exact arithmetic it is the same number; in float32 the last step, from t = 0, differs by 1e-3."""
     grid = diffusion.timesteps(steps)
-    abar = torch.tensor(_alphas(diffusion, grid))
+    abar = torch.tensor(_alphas(diffusion, grid, 1.0))
     betas = 1 - abar[:-1] / abar[1:]
     for i, (t, s) in enumerate(pairwise([*grid, -1])):
         if s == t - 1:
@@ -80,7 +80,7 @@ def unclip(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise:
 def _ancestral(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise: Noise, betas: Tensor) -> Tensor:
     """x <- posterior mean of (x_0, x) + deviation * noise, with one beta (steps,) for each step."""
     grid = diffusion.timesteps(steps)
-    abar = torch.tensor(_alphas(diffusion, grid))  # float32, as the references compute their coefficients
+    abar = torch.tensor(_alphas(diffusion, grid, 1.0))  # float32, as the references compute their coefficients
     a, b = abar[:-1], abar[1:]
     of_x0 = (b.sqrt() * betas / (1 - a)).tolist()
     of_x = ((1 - betas).sqrt() * (1 - b) / (1 - a)).tolist()

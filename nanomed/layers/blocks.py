@@ -6,12 +6,15 @@ own. Nothing here knows a schedule, a prompt or a file.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanomed.layers.convolution import convolve, convolve_doubled
+from nanomed.layers.linear import multiply
 
 # ------------------------------------------------------------------------------------------------------------- time
 
@@ -60,7 +63,7 @@ class Attention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a context, (B, heads, L, head_dim) each: the same at every step of a sampler."""
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
+        return self.split(multiply(self.to_k, context)), self.split(multiply(self.to_v, context))
 
     def forward(
         self,
@@ -72,8 +75,8 @@ class Attention(nn.Module):
         """mask broadcasts to (B, heads, N, L): true where attention may look, or a float added to the scores. `kv` is
         what `keys_values` made of the context."""
         k, v = self.keys_values(x if context is None else context) if kv is None else kv
-        out = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(self.split(multiply(self.to_q, x)), k, v, attn_mask=mask)
+        return multiply(self.to_out[0], out.transpose(1, 2).flatten(2))  # type: ignore[arg-type]
 
 
 class Projected(nn.Module):
@@ -85,7 +88,7 @@ class Projected(nn.Module):
         self.proj = nn.Linear(dim, inner * (2 if activation == "geglu" else 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
+        x = multiply(self.proj, x)
         if self.activation == "geglu":  # Shazeer 2020
             x, gate = x.chunk(2, dim=-1)
             return x * F.gelu(gate)
@@ -102,7 +105,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([Projected(dim, inner, activation), nn.Identity(), nn.Linear(inner, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        return multiply(self.net[2], self.net[0](x))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions
@@ -127,14 +130,16 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbour doubling, or growth to another size (H', W'), then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        if size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
+            return convolve_doubled(self.conv, x)
+        return convolve(self.conv, F.interpolate(x, size, mode="nearest"))
 
 
 class ResnetBlock(nn.Module):
@@ -161,7 +166,7 @@ class ResnetBlock(nn.Module):
         more = () if zq is None else (zq,)
         h = F.silu(self.norm1(x, *more))
         x, h = self._resampled(x), self._resampled(h)
-        h = self.conv1(h)
+        h = convolve(self.conv1, h)
         if time is None:
             h = self.norm2(h, *more)
         else:
@@ -171,8 +176,8 @@ class ResnetBlock(nn.Module):
                 h = torch.addcmul(shift, self.norm2(h), 1 + scale)
             else:
                 h = self.norm2(h + emb)
-        h = self.conv2(F.silu(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = convolve(self.conv2, F.silu(h))
+        return h + (x if self.conv_shortcut is None else convolve(self.conv_shortcut, x))
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":

@@ -199,8 +199,8 @@ class T5Encoder(nn.Module):
         with 40 to 90 tokens that are padded to 120, a third or more. The length that is computed is rounded up to
         `multiple`, so that few shapes occur.
 
-        Exact for whatever reads the states through the same mask (PixArt's cross-attention, Kandinsky 3, Hunyuan-DiT's
-        padding embedding). Where rows of padding themselves are read (a mean over all rows), call `forward`.
+        Exact for whatever reads the states through the same mask (the cross-attention of PixArt). Where rows
+        of padding themselves are read (a mean over all rows, as in Hunyuan-DiT), call `forward`.
         """
         length = ids.shape[1]
         used = min(-(-longest(mask) // multiple) * multiple, length)
