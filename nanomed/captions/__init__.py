@@ -1,4 +1,4 @@
-"""Prompts about images: paraphrases.
+"""Prompts about images: paraphrases, and language models that write.
 
-May import `data` (for the grammar of the organisers' prompts) and `run`; must not know systems.
+May import `text`, `data` (for the grammar of the organisers' prompts), `weights` and `run`; must not know systems.
 """

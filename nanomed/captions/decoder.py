@@ -1,0 +1,271 @@
+"""One decoder-only transformer for Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2, with the published names.
+
+    model = load_decoder("weights/Qwen/Qwen2.5-7B-Instruct", dtype=torch.bfloat16)
+    logits = model(ids, mask)                      # (B, L, V)
+    cache = Cache(); model(ids, mask, cache=cache)  # later calls give the new tokens only, and the whole mask
+
+The families differ in few places: Qwen has biases at q, k and v; Mistral and Gemma 2 (every other layer) look back
+through a window; Gemma 2 has four norms a layer, whose weights are stored less one, soft caps and scaled embeddings.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomed import weights
+from nanomed.weights import WeightsError
+
+FAMILIES = ("llama", "mistral", "qwen2", "gemma2")
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder; the defaults are those of Llama 3 8B."""
+
+    model_type: str = "llama"
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None  # tokens that a windowed layer sees, itself included
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by that of head_dim
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    def windowed(self, layer: int) -> bool:
+        return self.sliding_window is not None and (self.model_type != "gemma2" or layer % 2 == 0)
+
+    @classmethod
+    def from_settings(cls, said: dict, what: str = "config.json") -> "DecoderConfig":
+        """Of a published configuration. Raises WeightsError for what this file does not compute."""
+        family = said.get("model_type", "llama")
+        if family not in FAMILIES:
+            raise WeightsError(f"{what}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        gemma = family == "gemma2"
+        unsaid: dict = dict(rope_theta=10000.0, rms_norm_eps=1e-6, num_key_value_heads=said.get("num_attention_heads"))
+        if gemma:
+            unsaid |= dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256,
+                           attn_logit_softcapping=50.0, final_logit_softcapping=30.0)  # fmt: skip
+        names = {field.name for field in dataclasses.fields(cls)}
+        stated = {name: value for name, value in said.items() if name in names}
+        stated = {name: v for name, v in stated.items() if v is not None or "soft" in name or name == "sliding_window"}
+        stated["hidden_act"] = said.get("hidden_activation") or said.get("hidden_act") or "silu"
+        if gemma and "hidden_activation" not in said:
+            stated["hidden_act"] = "gelu_pytorch_tanh"  # "gelu" of the first files means it
+        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise WeightsError(f"{what}: rope_type {kind!r} is not known here")
+        if "rope_theta" in rope:
+            stated["rope_theta"] = rope["rope_theta"]
+        if family == "qwen2":
+            if said.get("use_sliding_window"):
+                raise WeightsError(f"{what}: use_sliding_window of Qwen is not known here")
+            stated["sliding_window"] = None
+        for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+            if said.get(name):
+                raise WeightsError(f"{what}: {name} is not known here")
+        try:
+            config = cls(**unsaid | stated)
+            if not gemma and "head_dim" not in stated:
+                config = dataclasses.replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+        except TypeError as error:
+            raise WeightsError(f"{what}: not the configuration of a language model ({error})") from error
+        if config.hidden_act not in ACTIVATIONS:
+            raise WeightsError(f"{what}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        return config
+
+
+class Cache:
+    """Keys and values of the tokens so far, layer by layer, in blocks that double when they are full."""
+
+    def __init__(self) -> None:
+        self.blocks: list[list[Tensor]] = []
+        self.length = 0  # tokens that every layer holds
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, heads, new, d) -> those of all tokens, views of the block."""
+        if layer == len(self.blocks):
+            self.blocks.append([k.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (k, v)])
+        end = self.length + k.shape[2]
+        for i, new in enumerate((k, v)):
+            block = self.blocks[layer][i]
+            if block.shape[2] < end:
+                grown = new.new_empty(*new.shape[:2], max(end + 64, 2 * block.shape[2]), new.shape[3])
+                grown[:, :, : self.length] = block[:, :, : self.length]
+                block = self.blocks[layer][i] = grown
+            block[:, :, self.length : end] = new
+        return self.blocks[layer][0][:, :, :end], self.blocks[layer][1][:, :, :end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.blocks = [[block.index_select(0, rows) for block in pair] for pair in self.blocks]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight; Gemma's weight is stored less one, and multiplied in float32."""
+
+    def __init__(self, width: int, eps: float, less_one: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width) if less_one else torch.ones(width))
+        self.eps, self.less_one = eps, less_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype) if self.less_one else self.weight * y.to(x.dtype)
+
+
+def rotations(places: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, L, width) of places (B, L): pair i turns by place / theta^(2 i / width)."""
+    speeds = 1 / theta ** (torch.arange(0, width, 2, device=places.device).float() / width)
+    angles = (places[..., None].float() * speeds).repeat(1, 1, 2)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + d / 2) of x (B, heads, L, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * turn[0] + torch.cat([-second, first], dim=-1) * turn[1]
+
+
+class Attention(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        bias = c.model_type == "qwen2"
+        self.head_dim, self.cap = c.head_dim, c.attn_logit_softcapping
+        self.groups = c.num_attention_heads // c.num_key_value_heads
+        self.scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        """x (B, L, D); seen bool (B, 1, L, K), True where a row may look."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
+        q, k = rotate(q, turn), rotate(k, turn)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        if self.cap is None:
+            x = F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale, enable_gqa=self.groups > 1)
+        else:  # cap tanh(score / cap), which no fused attention has
+            k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))
+            scores = self.cap * torch.tanh(q @ k.mT * self.scale / self.cap)
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+            x = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x)."""
+
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[c.hidden_act]
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """x + attention(norm x), x + mlp(norm x); Gemma 2 norms what is added, too."""
+
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.gemma = c.model_type == "gemma2"
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, self.gemma)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, self.gemma)
+        if self.gemma:
+            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, True)
+            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, True)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        added = self.self_attn(self.input_layernorm(x), turn, seen, cache, layer)
+        if self.gemma:
+            x = x + self.post_attention_layernorm(added)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + added
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, c.model_type == "gemma2")
+
+
+class Decoder(nn.Module):
+    """`decoder(ids, mask)` gives logits (B, L, V) for the token after each."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = Stack(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids (B, L) -> what the first layer reads (B, L, D), before Gemma's scale."""
+        return self.model.embed_tokens(ids)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None, last: bool = False
+    ) -> Tensor:
+        """ids int64 (B, L), or embeddings (B, L, D) in their place; mask bool (B, K), True where there is text, over
+        the cached tokens and these; places count text only, so padding on the left changes nothing.
+
+        last   logits of the last place only, (B, 1, V)
+        """
+        c = self.config
+        x = self.embed(ids) if ids.dim() == 2 else ids
+        before = cache.length if cache is not None else 0
+        total = before + x.shape[1]
+        mask = x.new_ones(len(x), total, dtype=torch.bool) if mask is None else mask.bool()
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
+        if c.model_type == "gemma2":
+            x = x * torch.tensor(math.sqrt(c.hidden_size), dtype=x.dtype, device=x.device)
+        turn = rotations(places, c.head_dim, c.rope_theta, x.dtype)
+        rows = torch.arange(before, total, device=x.device)[:, None]
+        columns = torch.arange(total, device=x.device)
+        # a row of padding sees itself, so that its softmax is one; nothing reads it
+        full = ((columns <= rows) & mask[:, None, None]) | (columns == rows)
+        near = full & (columns > rows - c.sliding_window) if c.sliding_window else full
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, turn, near if c.windowed(i) else full, cache, i)
+        if cache is not None:
+            cache.length = total
+        x = self.model.norm(x[:, -1:] if last else x)
+        head = self.model.embed_tokens if c.tie_word_embeddings else self.lm_head
+        logits = F.linear(x, head.weight)
+        cap = c.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def load_decoder(path: str | Path, dtype: torch.dtype | None = None) -> Decoder:
+    """The language model of a folder with `config.json` and `model.safetensors` (or shards), in evaluation mode.
+    Raises WeightsError."""
+    path = Path(path)
+    config = DecoderConfig.from_settings(weights.settings(path, "a language model"), str(path))
+    optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    return weights.load(weights.build(Decoder, config), weights.read(path, "model", dtype=dtype), optional).eval()

@@ -1,0 +1,95 @@
+"""Decoders against transformers: logits, greedy tokens, cache and padding; sampling's filters in its order."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import close
+
+from nanomed.captions.decoder import Cache, DecoderConfig, load_decoder
+from nanomed.captions.generation import draw, filtered, generate
+from nanomed.weights import WeightsError
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, pad_token_id=0)  # fmt: skip
+KINDS = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, dict(rope_theta=5e5)),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, dict(sliding_window=7, rope_theta=1e6)),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config,
+               dict(sliding_window=6, head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=2.0,
+                    final_logit_softcapping=1.5, attn_implementation="eager")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """transformers' model with weights far from the start, and ours read from what it saves."""
+    model, config, more = KINDS[request.param]
+    torch.manual_seed(0)
+    reference = model(config(**SHAPE, **more)).eval()
+    for parameter in reference.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp(request.param)
+    reference.save_pretrained(folder)
+    return reference, load_decoder(folder)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def ids(rows=2, length=21):
+    return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_equal(pair):
+    reference, ours = pair
+    close(ours(ids()), reference(ids()).logits, 1e-4)
+
+
+def test_with_a_cache_and_without_are_equal(pair):
+    _, ours = pair
+    cache = Cache()
+    steps = [ours(part, cache=cache) for part in ids(2, 90).split([9, *[1] * 70, 11], dim=1)]
+    close(torch.cat(steps, dim=1), ours(ids(2, 90)), 1e-5)
+
+
+def test_greedy_tokens_equal_over_64_steps(pair):
+    reference, ours = pair
+    expected = reference.generate(ids(), attention_mask=torch.ones_like(ids()), max_new_tokens=64, do_sample=False)
+    assert torch.equal(generate(ours, ids(), torch.ones(2, 21), 64), expected[:, 21:])
+
+
+def test_left_padded_batches_equal_single_ones(pair):
+    _, ours = pair
+    prompt, mask = ids(2, 21), torch.ones(2, 21, dtype=torch.bool)
+    mask[0, :8] = False
+    close(ours(prompt, mask)[:1, 8:], ours(prompt[:1, 8:]), 1e-5)
+    single = generate(ours, prompt[:1, 8:], torch.ones(1, 13), 24)
+    assert torch.equal(generate(ours, prompt, mask, 24)[:1], single)
+
+
+def test_filters_equal_transformers_in_its_order():
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(8, 97, generator=torch.Generator().manual_seed(2))
+    expected = logits
+    for warper in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)):
+        expected = warper(None, expected)
+    assert torch.equal(filtered(logits, 0.8, 50, 0.9), expected)
+
+
+def test_draws_invert_the_summed_probabilities():
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().expand(4, -1)
+    assert draw(logits, torch.tensor([0.0, 0.21, 0.69, 0.71])).tolist() == [0, 2, 2, 3]
+
+
+@pytest.mark.parametrize("said", [dict(model_type="falcon"), dict(rope_scaling=dict(rope_type="yarn")),
+                                  dict(attention_bias=True), dict(hidden_act="relu")])  # fmt: skip
+def test_what_is_not_known_is_refused_by_name(said):
+    with pytest.raises(WeightsError, match=str(next(iter(said))).replace("rope_scaling", "rope_type")):
+        DecoderConfig.from_settings(dict(model_type="llama", num_attention_heads=4) | json.loads(json.dumps(said)))
