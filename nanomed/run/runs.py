@@ -87,12 +87,12 @@ class Run:
             raise UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
         decisive = (
-            *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "released"),
+            *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "released", "text_adapter"),
             *("data", "size", "valid", "views", "augment", "captions", "paraphrases", "strategy", "join"),
             *("places", "places_first", "dropout"),
         )
         for name in decisive:
-            if before.get(name) != config.get(name):
+            if name in config and name in before and before[name] != config[name]:  # a model's own flags may be absent
                 raise UsageError(
                     f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "
                     f"go on exactly. Give the old value"
