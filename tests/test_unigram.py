@@ -5,7 +5,10 @@ import hashlib
 import io
 import json
 import random
+import re
 import struct
+import time
+import unicodedata
 
 import pytest
 import sentencepiece
@@ -13,7 +16,9 @@ import torch
 import transformers
 
 from nanomed import weights
-from nanomed.text.unigram import BYTE, CONTROL, END, NORMAL, UNKNOWN, Piece, Spiece, T5Tokenizer, Unigram, train_unigram
+from nanomed.text import spiece as spieces
+from nanomed.text.spiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from nanomed.text.unigram import END, T5Tokenizer, train_unigram
 
 PROMPTS = [
     "An endoscopic image of dyed lifted polyps, predominantly blue with speckles of white.",
@@ -94,20 +99,40 @@ def folder(spiece, tmp_path_factory):
     return folder
 
 
+def clustered(text: str) -> bool:
+    """Characters that join into one with a neighbour: marks, joiners, jamo, flags, tones of skin, CR LF. There Rust's
+    normaliser takes the whole cluster where sentencepiece takes the longest entry of the model's table."""
+    joining = re.compile("[\u1100-\u11ff\u0e33\uff9e\uff9f\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff]|\r\n")
+    return any(unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf") for c in text) or bool(joining.search(text))
+
+
+def tied(text: str) -> bool:
+    """One sign, or two in turn, at least three times: there are many ways to cut it that are equally probable, and
+    the rounding of their sums decides, which is float64 in Rust and float32 in sentencepiece. So with two accents
+    that the model spells as a space and a sign each."""
+    return bool(re.search(r"(.)\1{2,}|(..)\2{2,}|(\w+ )\3{2,}|\xa8|\xb4|\u2034", text, re.DOTALL))
+
+
+def as_prompts(texts: list[str]) -> list[str]:
+    return [text for text in texts if not clustered(text) and not tied(text)]
+
+
 def assert_as_sentencepiece(model: bytes, texts: list[str]) -> None:
     """The same normalised text and the same ids, all of them."""
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ours = Unigram(Spiece.parse(model))
+    ours = T5Tokenizer(model)
     for text, ids in zip(texts, reference.encode(texts)):
         assert ours.normalize(text) == reference.normalize(text), repr(text)
-        assert ours(text) == ids, repr(text)
+        assert ours.encode(text) == ids, repr(text)
 
 
 # ------------------------------------------------------------------------------- the algorithm, as sentencepiece has it
 
 
 def test_thousands_of_strings_on_a_model_trained_here(spiece):
-    assert_as_sentencepiece(spiece, strings(5000))
+    texts = as_prompts(strings(5000))
+    assert len(texts) > 600
+    assert_as_sentencepiece(spiece, texts)
 
 
 @pytest.mark.parametrize(
@@ -124,21 +149,18 @@ def test_thousands_of_strings_on_a_model_trained_here(spiece):
     ids=lambda settings: "-".join(settings),
 )
 def test_every_setting_of_a_model_is_followed(settings):
-    assert_as_sentencepiece(trained(**settings), strings(600, seed=1) + ["a<c>b", "a<x y>b", "imageimage polyps"] * 2)
+    texts = as_prompts(strings(2000, seed=1))
+    assert_as_sentencepiece(trained(**settings), texts + ["a<c>b", "a<x y>b", "imageimage polyps", "<0x41> é"] * 2)
 
 
-def test_ties_are_broken_by_float32_rounding():
-    """Equally probable ways to cut a text: which is taken depends on the rounding of sums in float32, and on nothing
-    else here. (In float64 all sums would be equal, and the first one would be kept.)"""
+def test_ties_are_broken_by_rounding_and_cost_nothing():
+    """Equally probable ways to cut a text: another one than sentencepiece's may be taken, of the same pieces' scores."""  # noqa: E501
     scored = [("▁", -2.07), ("x", -7.31), ("xx", -9.03), ("xxx", -10.69), ("xxxx", -12.17)]
-    pieces = (
-        Piece("<unk>", 0.0, UNKNOWN),
-        *(Piece(t, struct.unpack("<f", struct.pack("<f", s))[0]) for t, s in scored),
-    )
-    message = Spiece(pieces).encode()
-    assert_as_sentencepiece(message, ["x" * n for n in range(1, 400)])
-    tie = Unigram(Spiece.parse(message))
-    assert len({tuple(sorted(tie("x" * n)[1:])) == tuple(tie("x" * n)[1:]) for n in range(20, 400)}) == 2
+    pieces = [("<unk>", 0.0, UNKNOWN), (END, 0.0, CONTROL), *((text, score, NORMAL) for text, score in scored)]
+    message = spieces.write(pieces)
+    reference, ours = sentencepiece.SentencePieceProcessor(model_proto=message), T5Tokenizer(message)
+    for n in range(1, 400):
+        assert sorted(ours.encode("x" * n)) == sorted(reference.encode("x" * n))
 
 
 def test_far_children_in_the_trie_of_a_normalisation():
@@ -148,16 +170,16 @@ def test_far_children_in_the_trie_of_a_normalisation():
     units[256 ^ ord("A")] = 2 << 10 | 0x300 | ord("A")  # a value stands here; children 512 further
     units[256 ^ ord("A") ^ 512] = 1 << 31 | 2  # the value: string number 2 in bytes
     charsmap = struct.pack("<I1024I", 4096, *units) + b"z\0b\0"
-    pieces = (Piece("<unk>", 0.0, UNKNOWN), Piece("▁", -2.0), Piece("b", -3.0), Piece("A", -1.0))
-    message = Spiece(pieces, charsmap).encode()
-    assert_as_sentencepiece(message, ["A", "xA A", "é A", "AA", "\0A"])
-    assert Unigram(Spiece.parse(message)).normalize("xAA") == "▁xbb"
+    pieces = [("<unk>", 0.0, UNKNOWN), (END, 0.0, CONTROL), ("▁", -2.0, NORMAL), ("b", -3.0, NORMAL)]
+    message = spieces.write([*pieces, ("A", -1.0, NORMAL)], charsmap)
+    assert_as_sentencepiece(message, ["A", "xA A", "é A", "AA"])
+    assert T5Tokenizer(message).normalize("xAA") == "▁xbb"
 
 
 def test_a_message_survives_being_written_and_read(spiece):
-    model = Spiece.parse(spiece)
-    again = model.encode()
-    assert Spiece.parse(again) == model
+    pieces, _, normal = spieces.parse(spiece)
+    again = spieces.write(pieces, normal[2])
+    assert spieces.parse(again)[0] == pieces and spieces.parse(again)[2] == {2: normal[2]}
     reference, ours = (sentencepiece.SentencePieceProcessor(model_proto=message) for message in (spiece, again))
     texts = strings(300, seed=3)
     assert ours.encode(texts) == reference.encode(texts)
@@ -170,7 +192,32 @@ def test_a_message_survives_being_written_and_read(spiece):
 @pytest.mark.parametrize("name", ["t5/spiece.model", "sentencepiece/test_model.model",
                                   "sentencepiece/seqio_test_sentencepiece.model"])  # fmt: skip
 def test_published_models_equal_sentencepiece_on_5000_strings(real_data, name):
-    assert_as_sentencepiece((real_data / name).read_bytes(), strings(5020, seed=2))
+    texts = as_prompts(strings(5020, seed=2))
+    assert len(texts) > 600
+    assert_as_sentencepiece((real_data / name).read_bytes(), texts)
+
+
+def test_every_string_is_as_transformers_has_it(real_data):
+    """Combining characters and ties included: the same normaliser and search. Only U+0085, which T5's table leaves
+    as it is, is a space there and a character here, as in sentencepiece."""
+    reference = transformers.T5Tokenizer.from_pretrained(real_data / "t5")
+    tokenizer = T5Tokenizer.from_folder(real_data / "t5")
+    texts = [text.replace("\x85", "") for text in strings(5020, seed=2)]
+    assert [[*tokenizer.encode(text), 1] for text in texts] == reference(texts).input_ids
+    assert [*tokenizer.encode("a\x85b"), 1] != reference("a\x85b").input_ids
+    assert_as_sentencepiece((real_data / "t5/spiece.model").read_bytes(), ["a\x85b"])
+
+
+def test_runs_of_one_sign_that_come_out_otherwise_than_in_sentencepiece(real_data):
+    """The shortest of each on T5's pieces; eleven signs up to 399 times. The other three never differ."""
+    tokenizer = T5Tokenizer.from_folder(real_data / "t5")
+    reference = sentencepiece.SentencePieceProcessor(str(real_data / "t5/spiece.model"))
+    shortest = {}
+    for sign in ".!-=_ax0A*~":
+        differ = (n for n in range(1, 400) if tokenizer.encode(sign * n) != reference.encode(sign * n))
+        shortest[sign] = next(differ, None)
+    some = {".": 26, "!": 206, "-": 130, "_": 16, "x": 43, "0": 170, "A": 12, "*": 13}
+    assert shortest == some | {"=": None, "a": None, "~": None}
 
 
 def test_every_character_on_the_published_model(real_data):
@@ -180,7 +227,8 @@ def test_every_character_on_the_published_model(real_data):
 
 
 def test_recorded_ids_of_the_published_model(real_data, golden):
-    """transformers' ids (with </s>), sentencepiece's ids and normalised texts, and two sentencepiece test models."""
+    """transformers' ids (with </s>), sentencepiece's ids and normalised texts, and two sentencepiece test models. The
+    two texts with special tokens are the only ones that come out otherwise than in sentencepiece alone."""
     tokenizer = T5Tokenizer.from_folder(real_data / "t5")
     cases = json.loads((golden / "t5_hf.json").read_text())["cases"]
     assert len(cases) == 45
@@ -189,23 +237,37 @@ def test_recorded_ids_of_the_published_model(real_data, golden):
         assert ids[mask].tolist() == case["ids"], repr(case["text"])
     recorded = json.loads((golden / "t5_sentencepiece.json").read_text())
     assert hashlib.sha256((real_data / "t5/spiece.model").read_bytes()).hexdigest() == recorded["sha256"]
-    for case in recorded["cases"]:
-        assert tokenizer.unigram(case["text"]) == case["ids"]
-        assert tokenizer.unigram.normalize(case["text"]) == case["normalized"]
+    exceptions = ["<extra_id_0> test", "</s> inside"]
+    assert [case["text"] for case in recorded["cases"] if tokenizer.encode(case["text"]) != case["ids"]] == exceptions
+    assert all(tokenizer.normalize(case["text"]) == case["normalized"] for case in recorded["cases"])
     for name in ("test_model", "seqio_test_sentencepiece"):
-        unigram = Unigram(Spiece.parse((real_data / "sentencepiece" / f"{name}.model").read_bytes()))
-        for case in json.loads((golden / f"{name}.json").read_text())["cases"]:
-            assert unigram(case["text"]) == case["ids"]
+        other = T5Tokenizer((real_data / "sentencepiece" / f"{name}.model").read_bytes())
+        cases = json.loads((golden / f"{name}.json").read_text())["cases"]
+        assert [case["text"] for case in cases if other.encode(case["text"]) != case["ids"]] == exceptions
 
 
 def test_published_normalisation_is_not_nfkc(real_data, golden):
     """The code points where the model's own normalisation differs from Unicode's, as recorded from sentencepiece."""
-    unigram = T5Tokenizer.from_folder(real_data / "t5").unigram
+    tokenizer = T5Tokenizer.from_folder(real_data / "t5")
     different = json.loads((golden / "t5_normalizer_vs_nfkc.json").read_text())["diff"]
     assert len(different) == 136
     for point, middle in different.items():
-        normal = unigram.normalize(f"a{chr(int(point, 16))}a")
+        normal = tokenizer.normalize(f"a{chr(int(point, 16))}a")
         assert normal.startswith("▁") and (middle is None or normal[2:-1] == middle), point
+
+
+def test_thousands_of_prompts_a_second(real_data):
+    tokenizer = T5Tokenizer.from_folder(real_data / "t5")
+    start = time.perf_counter()
+    tokenizer([f"{PROMPTS[i % 4]} {i}" for i in range(2000)])
+    assert time.perf_counter() - start < 2
+
+
+def test_a_vocabulary_of_mt5s_size_loads():
+    """250,000 pieces, in the few seconds that reading them by hand takes."""
+    pieces = [("<pad>", 0.0, CONTROL), (END, 0.0, CONTROL), ("<unk>", 0.0, UNKNOWN), ("▁", -2.0, NORMAL)]
+    tokenizer = T5Tokenizer(spieces.write([*pieces, *((f"▁{i}", -9.0, NORMAL) for i in range(249_996))]))
+    assert len(tokenizer.pieces) == 250_000 and tokenizer.encode("249995 7") == [249_999, 11]
 
 
 def test_the_published_folder_as_transformers_reads_it(real_data):
@@ -256,14 +318,15 @@ def test_what_is_not_text_is_refused(folder, prompt):
 
 def test_special_tokens_in_a_prompt_are_tokens_and_cut_it_in_two(folder):
     tokenizer = T5Tokenizer.from_folder(folder)
-    size = len(tokenizer.unigram.model.pieces)
+    size = len(tokenizer.pieces)
     ids = {"</s>": 1, "<pad>": 0, "<unk>": 2, "<extra_id_0>": size + 99, "<extra_id_99>": size}
     for special, index in ids.items():
         row, mask = tokenizer([f"  a polyp {special}polyps"], length=80)
-        assert row[mask].tolist() == [*tokenizer.unigram("a polyp"), index, *tokenizer.unigram("polyps"), 1]
+        assert row[mask].tolist() == [*tokenizer.encode("a polyp"), index, *tokenizer.encode("polyps"), 1]
     plain = ["<extra_id_100>", "</S>", "<s>", "< pad >"]
     rows, mask = tokenizer(plain, length=80)
-    assert [r[m].tolist()[:-1] for r, m in zip(rows, mask)] == [tokenizer.unigram(text) for text in plain]
+    reference = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
+    assert [r[m].tolist()[:-1] for r, m in zip(rows, mask)] == reference.encode(plain)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +343,7 @@ def test_special_tokens_are_those_of_the_folder(folder, spiece, tmp_path, name, 
     (tmp_path / "spiece.model").write_bytes(spiece)
     (tmp_path / name).write_text(json.dumps(content))
     tokenizer = T5Tokenizer.from_folder(tmp_path)
-    size = len(tokenizer.unigram.model.pieces)
+    size = len(tokenizer.pieces)
     for text, index in first.items():
         index = index if index >= 500 else size + index
         assert tokenizer([text], length=2)[0].tolist() == [[index, 1]]
@@ -288,12 +351,13 @@ def test_special_tokens_are_those_of_the_folder(folder, spiece, tmp_path, name, 
     assert len(tokenizer.extra) == expected
 
 
-def test_a_vocabulary_with_its_own_sentinels_gets_no_more(spiece):
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED])
+def test_a_vocabulary_with_its_own_sentinels_gets_no_more(kind):
     """mT5's pieces include `▁<extra_id_0>` and the bytes."""
-    pieces = [Piece("<pad>", 0.0, CONTROL), Piece(END, 0.0, CONTROL), Piece("<unk>", 0.0, UNKNOWN)]
-    pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
-    pieces += [Piece("▁", -2.0), Piece("a", -3.0), Piece("▁<extra_id_0>", -0.5)]
-    tokenizer = T5Tokenizer(Spiece(tuple(pieces), byte_fallback=True))
+    pieces = [("<pad>", 0.0, CONTROL), (END, 0.0, CONTROL), ("<unk>", 0.0, UNKNOWN)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    pieces += [("▁", -2.0, NORMAL), ("a", -3.0, NORMAL), ("▁<extra_id_0>", -0.5, kind)]
+    tokenizer = T5Tokenizer(spieces.write(pieces) + field(2, b"\x98\x02\x01"))
     assert tokenizer.extra == {} and len(tokenizer) == 262
     ids, mask = tokenizer(["aé <extra_id_0>"], length=10)
     assert ids[mask].tolist() == [259, 260, 3 + 0xC3, 3 + 0xA9, 261, 1]
@@ -302,6 +366,7 @@ def test_a_vocabulary_with_its_own_sentinels_gets_no_more(spiece):
 def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(folder, tmp_path):
     tokenizer = T5Tokenizer.from_folder(folder)
     tokenizer.save(tmp_path)
+    assert (tmp_path / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
     again = T5Tokenizer.from_folder(tmp_path)
     texts = strings(200, seed=4) + ["x <extra_id_3> y"]
     for ours, saved in zip(tokenizer(texts, 40), again(texts, 40)):
@@ -326,14 +391,14 @@ def test_reads_a_tokenizer_json_alone(folder, spiece, tmp_path):
 
 def test_a_trained_vocabulary_spells_every_text_it_saw(tmp_path):
     tokenizer = train_unigram(PROMPTS, pieces=70)
-    assert len(tokenizer.unigram.model.pieces) == 70 and len(tokenizer) == 170
+    assert len(tokenizer.pieces) == 70 and len(tokenizer) == 170
     ids, mask = tokenizer(PROMPTS, length=200)
-    pieces = [piece.text for piece in tokenizer.unigram.model.pieces]
+    pieces = [text for text, _, _ in tokenizer.pieces]
     for row, real, text in zip(ids, mask, PROMPTS):
         assert "".join(pieces[i] for i in row[real][:-1]).replace("▁", " ").strip() == text
     assert mask.sum(1).max() < 120 and torch.equal(train_unigram(PROMPTS, pieces=70)(PROMPTS, 200)[0], ids)
-    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.unigram.model.encode())
-    assert reference.encode(PROMPTS) == [tokenizer.unigram(text) for text in PROMPTS]
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
+    assert reference.encode(PROMPTS) == [tokenizer.encode(text) for text in PROMPTS]
 
 
 # ------------------------------------------------------------------------------------------------ hostile and damaged
@@ -366,13 +431,13 @@ SOUND = piece(b"<pad>", 0, CONTROL) + piece(b"</s>", 0, CONTROL) + piece(b"<unk>
         (b"version https://git-lfs.github.com/spec/v1\n", "spiece.model"),
         (b"<!DOCTYPE html><html>", "spiece.model"),
         (SOUND[:-1], "ends inside field 1"),
-        (SOUND + b"\x80" * 11, "64 bits"),
+        (SOUND + b"\x80" * 11, "more than 64 bits"),
         (SOUND + b"\x80", "ends inside a number"),
         (SOUND + b"\x0b", "wire type 3"),
         (SOUND + b"\x0a" + varint(1 << 62), "ends inside field 1"),
-        (SOUND + b"\x08\x01", "a number where"),
+        (SOUND + b"\x08\x01", "TypeError"),
         (SOUND + piece(b"\xff\xfe"), "UnicodeDecodeError"),
-        (SOUND + piece(b"a"), "second time"),
+        (SOUND + piece(b"a"), "2 times"),
         (SOUND + piece(b""), "piece 4 is ''"),
         (SOUND + piece(b"b", float("nan")), "score nan"),
         (SOUND + piece(b"b", kind=9), "kind 9"),
