@@ -27,7 +27,7 @@ class Config:
     train: str = ""  # what the model was trained on, for memorisation and classify; empty: the real images
     prompts: str = ""  # file of prompts, row i for the i-th image by name; a column label gives classes
     out: str = "results"  # folder for results.json and report.html
-    metrics: str = ""  # such as fid,kid,pr,dino,frd (a name that is none lists them), or all; empty: the usual ones
+    metrics: str = ""  # such as fid,kid,pr,dino,cmmd (a name that is none lists them), or all; empty: the usual ones
     protocol: str = "tf"  # tf (the papers) | pytorch-fid | clean | torchmetrics (>= 1.8) | imageclef2024
     paper: str = ""  # mmcp | medart: the paper's own choice of prompts and real images
     compare: str = ""  # results to put side by side: folders or NAME=FOLDER

@@ -94,9 +94,8 @@ def main() -> int:
     stop = signals.StopSignal()
     split = read_data(config, system)
     run = open_run(config, system, ranks)
-    if ranks.first:
-        train, valid = split
-        print(f"{run.folder}: {config.model} on {len(train.rows)} images ({len(valid.rows)} held out), {ranks.device}")
+    images = f"{len(split[0].rows)} images ({len(split[1].rows)} held out)"
+    run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}")
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
     system.to(ranks.device, memory_format=torch.channels_last)  # what was read too, or it would round otherwise
@@ -109,15 +108,13 @@ def main() -> int:
             raise UsageError(f"--stage {stage} builds on stage {before}: say --resume with a run that has trained it")
         if not train_stage(_for_stage(config, stage), system, stage, run, split, stop):
             run.update(status="preempted")
-            if ranks.first:
-                print(f"{stop.received}: state saved; go on with --resume {run.folder}")
+            run.say(f"{stop.received}: state saved; go on with --resume {run.folder}")
             return PREEMPTED
         run.update(stages=[*run.state["stages"], stage])
 
     results = draw_and_evaluate(config, run, split) if config.test_prompts and not config.stage else {}
     run.finish(results)
-    if ranks.first:
-        print(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
+    run.say(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
     return 0
 
 
@@ -173,6 +170,7 @@ def _for_stage(config: Config, stage: str) -> Config:
 def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bool:
     """Train one stage to its end; False when it was asked to stop and has saved its state."""
     from nanomed.training import caches
+    from nanomed.training.batches import to_device
     from nanomed.training.judge import Judge
     from nanomed.training.log import Log
     from nanomed.training.optimizer import Descent
@@ -197,8 +195,8 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
         step, judge.best = state["step"], state["best"]
         if not state["judged"] and (step % config.save_every == 0 or step == last):
             judge.look(step, descent.average)  # the run was stopped just there, in too much of a hurry to look
-    count = sum(p.numel() for p in params.values())
-    run.say(f"stage {stage}: {count:,} parameters train, steps {step:,} to {last:,} of {config.batch} x {ranks.world}")
+    count = f"{sum(p.numel() for p in params.values()):,}"
+    run.say(f"stage {stage}: {count} parameters train, steps {step:,} to {last:,} of {config.batch} x {ranks.world}")
     for part in system.stages[stage] if config.compile else ():
         system.get_submodule(part).compile()
     model = ranks.parallel(system)
@@ -256,14 +254,8 @@ def learning_rate(config: Config, step: int, last: int) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(last - config.warmup, 1)
-    return (
-        config.lr
-        * {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[config.schedule]
-    )
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    factors = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
+    return config.lr * factors[config.schedule]
 
 
 def draw_and_evaluate(config: Config, run: Run, split) -> dict:

@@ -13,6 +13,7 @@ from nanomed import data
 from nanomed.data import images
 from nanomed.data.prompts import read_prompts
 from nanomed.data.table import DataError, Row, Table, read_csv, with_paraphrases
+from nanomed.run.ranks import Ranks
 from nanomed.training.batches import Batches, Samples
 
 
@@ -352,7 +353,7 @@ def test_an_epoch_holds_every_pair_once_and_ranks_share_it(toy_rows):
     pairs = sorted(prompt for row in toy_rows for prompt in row.prompts)
     count = len(pairs) - len(pairs) % 4
     one = Batches(toy_rows, Samples(32, 1), 4)
-    two = [Batches(toy_rows, Samples(32, 1), 2, (rank, 2)) for rank in (0, 1)]
+    two = [Batches(toy_rows, Samples(32, 1), 2, Ranks(rank, 2)) for rank in (0, 1)]
     seen = [prompt for step in range(count // 4) for prompt in one[step]["prompt"]]
     shared = [prompt for step in range(count // 4) for ranked in two for prompt in ranked[step]["prompt"]]
     assert seen == shared
@@ -388,8 +389,8 @@ def test_prompts_that_name_a_place_can_be_drawn_more_often(toy_rows):
 def test_places_come_first_for_as_many_steps_as_asked(toy_rows):
     """On both ranks alike, and by the number of the step, so that a run which goes on at step 3 does the same."""
     for rank in (0, 1):
-        early = Batches(toy_rows, Samples(32, 3, places_first=2), 32, (rank, 2))
+        early = Batches(toy_rows, Samples(32, 3, places_first=2), 32, Ranks(rank, 2))
         named = [[" located in " in prompt for prompt in early[step]["prompt"]] for step in (2, 1, 0)]
         assert all(named[1]) and all(named[2]) and sum(named[0]) < 16
-        plain = Batches(toy_rows, Samples(32, 3), 32, (rank, 2))
+        plain = Batches(toy_rows, Samples(32, 3), 32, Ranks(rank, 2))
         assert plain[2]["prompt"] == early[2]["prompt"]

@@ -21,9 +21,9 @@ from nanomed.layers.blocks import (
     ResnetBlock,
     TimestepEmbedding,
     group_norm,
-    longest,
     sinusoid,
 )
+from nanomed.layers.masks import longest
 
 # ------------------------------------------------------------------------------------------------------------- prior
 

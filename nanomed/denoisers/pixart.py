@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
-from nanomed.layers.blocks import Attention, FeedForward, TimestepEmbedding, longest, sinusoid
+from nanomed.layers.blocks import Attention, FeedForward, TimestepEmbedding, sinusoid
+from nanomed.layers.masks import longest
 
 
 @dataclass(frozen=True)

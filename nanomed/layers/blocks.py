@@ -8,7 +8,6 @@ own. Nothing here knows a schedule, a prompt or a file.
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -221,19 +220,3 @@ class ImageAttention(nn.Module):
         out = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v))
         out = self.to_out[0](out.transpose(1, 2).flatten(2))
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def longest(mask: Tensor) -> int:
-    """Places up to the last one that any row of a mask (B, L) has; at least 1.
-
-    A step of training must not wait for the device, so a mask on a GPU is not asked, nor one that is only a shape:
-    then it is L, and the loader has cut the batch already (batches.py).
-    """
-    if type(mask) is not Tensor:
-        return mask.shape[1]
-    if mask.device.type != "cpu":
-        if torch.is_grad_enabled() or mask.is_meta:
-            return mask.shape[1]
-        mask = mask.cpu()
-    seen = np.flatnonzero(mask.bool().numpy().any(axis=0))
-    return int(seen[-1]) + 1 if len(seen) else 1

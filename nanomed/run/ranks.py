@@ -1,8 +1,10 @@
 """The processes of a run and what they do together. One process is the case `ALONE`, and no caller asks which it is.
 
-ranks = Ranks.join()                       under torchrun all of its processes, else this one
-for rows in ranks.share(batches): ...      every rank a part
-if ranks.first: ...                        files and messages; nothing that all ranks must reach may stand here
+    ranks = Ranks.join()                       under torchrun all of its processes, else this one
+    for rows in ranks.share(batches): ...      every rank a part
+    if ranks.first: ...                        files and messages
+
+Nothing that all ranks must reach may stand behind `first`: they would wait for each other for ever.
 """
 
 import os

@@ -85,7 +85,7 @@ class Assembled(nn.Module):
         return shapes
 
     @classmethod
-    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         """The tokenizers of a system that learns to read from nothing, or that needs no words at all."""
         return {}
 
@@ -119,20 +119,13 @@ class Assembled(nn.Module):
 
         Raises WeightsError where a published file is missing, damaged or of another system.
         """
-        shapes = {name: dict(settings.pop(name)) for name in cls.parts if name in settings}
-        places = Places(cls, weights_folder, settings.pop("base", ""))
-        tokenizers = {} if random else cls._read_tokenizers(places, shapes)
-        if len(tokenizers) < len(cls.tokenizers):
-            tokenizers = cls.new_tokenizers(shapes, weights_folder)
-        shapes = cls.complete(shapes, tokenizers, settings)
-        modules = {}
-        for name, part in cls.parts.items():
-            if name in shapes:
-                modules[name] = part.make(**shapes[name]).to(dtype)
-            else:
-                modules[name] = zeros(part.make, dtype) if random else part.read(places(name), dtype)
-        stated = {} if random or len(shapes) == len(cls.parts) else cls.stated(places)
-        return cls(Found(modules, tokenizers, shapes, places.base(shapes)), **stated | settings)
+        def make(name: str, shape: dict) -> nn.Module:
+            return cls.parts[name].make(**shape).to(dtype)
+
+        def other(name: str, place: Callable[[str], Path]) -> nn.Module:
+            return zeros(cls.parts[name].make, dtype) if random else cls.parts[name].read(place(name), dtype)
+
+        return cls._assemble(settings, weights_folder, make, other, stated=not random)
 
     @classmethod
     def published(cls, weights_folder: str | Path | None = None, dtype: torch.dtype | None = None, **settings) -> Self:
@@ -142,31 +135,48 @@ class Assembled(nn.Module):
     @classmethod
     def saved(cls, folder: str | Path, weights_folder: str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Read what `save` wrote, on the published parts where it has any; adapters are folded into the weights."""
-        settings = cls.understood({name: value for name, value in read_config(folder).items() if name != "system"})
-        shapes = {name: settings.pop(name) for name in cls.parts if name in settings}
-        places = Places(cls, weights_folder, settings.pop("base", ""))
-        tokenizers = cls._read_tokenizers(places, shapes, Path(folder))
-        shapes = cls.complete(shapes, tokenizers, settings)
-        modules = {}
-        for name, part in cls.parts.items():
-            made = name in shapes
-            modules[name] = weights.build(part.make, **shapes[name]) if made else part.read(places(name), dtype)
-        stated = {} if len(shapes) == len(cls.parts) else cls.stated(places)
-        system = cls(Found(modules, tokenizers, shapes, places.base(shapes)), **stated | settings)
+        def make(name: str, shape: dict) -> nn.Module:
+            return weights.build(cls.parts[name].make, **shape)
+
+        def other(name: str, place: Callable[[str], Path]) -> nn.Module:
+            return cls.parts[name].read(place(name), dtype)
+
+        said = cls.understood({name: value for name, value in read_config(folder).items() if name != "system"})
+        system = cls._assemble(said, weights_folder, make, other, written=Path(folder))
         system.read_parts(folder, dtype)
         system.fold()
         return system.eval()
 
     @classmethod
-    def _read_tokenizers(cls, places: "Places", shapes: dict, folder: Path | None = None) -> dict[str, Any]:
-        """The tokenizers that are in files: published ones, and in a saved system's folder those of its own making."""
-        found = {}
+    def _assemble(
+        cls,
+        settings: dict,
+        weights_folder: str | Path | None,
+        make: Callable[[str, dict], nn.Module],
+        other: Callable[[str, Callable[[str], Path]], nn.Module],
+        stated: bool = True,
+        written: Path | None = None,
+    ) -> Self:
+        """A system of parts that `make` makes, of the shapes among the settings, and of those that `other` has.
+
+        stated    whether to ask the published folders what they state
+        written   the folder of a saved system, where tokenizers of its own making lie
+        """
+        shapes = {name: dict(settings[name]) for name in cls.parts if name in settings}
+        given = {name: value for name, value in settings.items() if name not in (*shapes, "base")}
+        places = Places(cls, weights_folder, settings.get("base", ""))
+        tokenizers = {}
         for name, (read, source) in cls.tokenizers.items():
-            if owner(name) not in shapes:
-                found[name] = read(places(name, source))
-            elif folder is not None:
-                found[name] = read(folder / name)
-        return found
+            if owner(name) not in shapes and stated:
+                tokenizers[name] = read(places(name, source))
+            elif owner(name) in shapes and written is not None:
+                tokenizers[name] = read(written / name)
+        if len(tokenizers) < len(cls.tokenizers):
+            tokenizers = cls.new_tokenizers(shapes, weights_folder)
+        shapes = cls.complete(shapes, tokenizers, given)
+        modules = {name: make(name, shapes[name]) if name in shapes else other(name, places) for name in cls.parts}
+        said = cls.stated(places) if stated and len(shapes) < len(modules) else {}
+        return cls(Found(modules, tokenizers, shapes, places.base(shapes)), **said | given)
 
     @classmethod
     def understood(cls, settings: dict) -> dict:

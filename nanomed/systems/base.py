@@ -49,6 +49,7 @@ class System(Assembled):
     trimmed     those of them that a batch may have cut behind its longest text, the mask first
     diffusion   the noise that it trains on
     snr_gamma   min-SNR weighting of the training loss; 0 = none
+    autoencoder name of the part that makes latents of images and images of latents
     """
 
     size: int
@@ -62,6 +63,7 @@ class System(Assembled):
     trimmed: tuple[str, ...] = ()
     diffusion: Diffusion
     snr_gamma: float = 0.0
+    autoencoder: str = "vae"
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -82,7 +84,7 @@ class System(Assembled):
 
     def image_moments(self, images: Tensor) -> dict[str, Tensor]:
         """What the frozen VAE makes of images (B, 3, H, W) in [-1, 1]: moments, from which latents are drawn afresh."""
-        return {"moments": self.vae.moments(images.to(_where(self.vae))).float()}
+        return {"moments": self.vae.moments(images.to(self.weight(self.autoencoder))).float()}
 
     def latents(self, batch: dict) -> Tensor:
         """x_0 of a training batch, which holds "image" or its cached "moments": a fresh draw in every step."""
@@ -94,16 +96,31 @@ class System(Assembled):
         """The conditions of a training batch, which holds "prompt" or the fields cached of it."""
         if self.text_fields[0] in batch:
             return {name: batch[name] for name in self.text_fields}
-        return self.encode_text(batch["prompt"])
+        return self.states(batch["prompt"])
 
-    def denoising_loss(self, predict: Denoise, x0: Tensor, distance: Callable = F.mse_loss) -> Tensor:
-        """The distance between what `predict` says of x_t and what it should, at uniform timesteps; a scalar."""
-        t = torch.randint(self.diffusion.length, (len(x0),), device=x0.device)
+    def states(self, prompts: list[str]) -> Cond:
+        """The conditions of prompts in training, where a system reads them otherwise than in `encode_text`."""
+        return self.encode_text(prompts)
+
+    def denoising_loss(
+        self,
+        predict: Denoise,
+        x0: Tensor,
+        distance: Callable = F.mse_loss,
+        says: Diffusion | None = None,
+        noising: Diffusion | None = None,
+    ) -> Tensor:
+        """The distance between what `predict` says of x_t and what it should, at uniform timesteps; a scalar.
+
+        says      what kind of prediction it is; noising: under which noise and weights. Both are the system's diffusion
+        """
+        says, noising = says or self.diffusion, noising or self.diffusion
+        t = torch.randint(noising.length, (len(x0),), device=x0.device)
         noise = torch.randn(x0.shape, device=x0.device)
-        prediction = predict(self.diffusion.noised(x0, t, noise), t).float()
-        loss = distance(prediction, self.diffusion.target(x0, t, noise), reduction="none").flatten(1).mean(1)  # (B,)
+        prediction = predict(noising.noised(x0, t, noise), t).float()
+        loss = distance(prediction, says.target(x0, t, noise), reduction="none").flatten(1).mean(1)  # (B,)
         if self.snr_gamma:
-            loss = loss * self.diffusion.min_snr_weight(t, self.snr_gamma)
+            loss = loss * noising.min_snr_weight(t, self.snr_gamma)
         return loss.mean()
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
@@ -116,8 +133,13 @@ class System(Assembled):
             return {}
         fields = {"image": ("vae", self.image_moments)}
         if "text_encoder" not in self.stages[stage]:
-            fields["text"] = ("text_encoder", self.encode_text)
+            fields["text"] = ("text_encoder", self.states)
         return fields
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
+        part = self.get_submodule(self.autoencoder)
+        return part.decode(latents.to(self.weight(self.autoencoder))).float().to(self.device)
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""
@@ -125,7 +147,7 @@ class System(Assembled):
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] through the autoencoder and back, by the mean of their latents."""
-        return self.vae.decode(self.vae.encode(images))
+        return self.decode(self.get_submodule(self.autoencoder).encode(images))
 
     # --------------------------------------------------------------------------------- what a system may say besides
 
@@ -161,13 +183,17 @@ class System(Assembled):
         """Take over what a finished stage left in `folder`: the parts it trained and what `finish` measured."""
         self.read_parts(folder, parts=self.stages[stage])
 
+    def weight(self, part: str) -> Tensor:
+        """A weight of a part, for `tensor.to`: where it lives, and its dtype."""
+        return next(self.get_submodule(part).parameters())
+
     @property
     def device(self) -> torch.device:
-        return next(self.get_submodule(self.denoiser).parameters()).device
+        return self.weight(self.denoiser).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.get_submodule(self.denoiser).parameters()).dtype
+        return self.weight(self.denoiser).dtype
 
     def each_once(self, prompts: list[str], encode: Callable[[list[str]], Cond]) -> Cond:
         """Every distinct prompt encoded once, and their rows in the order of the prompts, on the system's device (a
@@ -201,8 +227,3 @@ class System(Assembled):
         for part in self.adapters:
             if lora.adapted(self.get_submodule(part)):
                 lora.fold(self.get_submodule(part))
-
-
-def _where(module: nn.Module) -> Tensor:
-    """A weight of a module, for `tensor.to`: its device and dtype."""
-    return next(module.parameters())

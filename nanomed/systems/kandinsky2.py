@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -81,7 +80,7 @@ class Kandinsky2(System):
                               load_clip_vision, TRANSFORMERS, PRIOR),
     }  # fmt: skip
     tokenizers = {"tokenizer": (ClipTokenizer.from_folder, PRIOR)}
-    denoiser = "unet"
+    denoiser, autoencoder = "unet", "movq"
     stages = {"prior": ("prior",), "decoder": ("unet",)}
     adapters = {"prior": lora.ATTENTION, "unet": lora.ATTENTION}
     text_fields = ("text_states", "text_embeds", "text_mask")
@@ -91,6 +90,7 @@ class Kandinsky2(System):
     def __init__(
         self,
         found: Found,
+        schedules: tuple[Diffusion, Diffusion] = SCHEDULES,  # no setting: they stand in the published files
         *,
         size: int = 256,
         steps: int = 150,
@@ -101,7 +101,6 @@ class Kandinsky2(System):
         released: bool = False,
         pad: bool = True,
         dropout: float = 0.0,
-        schedules: tuple[Diffusion, Diffusion] = SCHEDULES,
     ):
         super().__init__(found)
         self.size, self.steps, self.prior_steps, self.pad, self.dropout = size, steps, prior_steps, pad, dropout
@@ -113,10 +112,6 @@ class Kandinsky2(System):
     def stated(cls, place: Callable[..., Path]) -> dict:
         return {"schedules": tuple(Diffusion.from_json(place("scheduler", source)) for source in (PRIOR, DECODER))}
 
-    @classmethod
-    def settings(cls) -> dict[str, Any]:
-        return {name: value for name, value in super().settings().items() if name != "schedules"}  # the files' own
-
     # ------------------------------------------------------------------------------------------------ conditions
 
     def encode_text(self, prompts: list[str]) -> Cond:
@@ -124,7 +119,7 @@ class Kandinsky2(System):
         text_mask bool (B, 77). The tower itself is given no mask. Each distinct prompt is encoded once."""
 
         def encode(distinct: list[str]) -> Cond:
-            device = next(self.text_encoder.parameters()).device
+            device = self.weight("text_encoder").device
             ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.prior.num_embeddings))
             states = self.text_encoder.features(ids)
             return {"text_states": states.last, "text_embeds": states.embeds, "text_mask": mask}
@@ -140,15 +135,17 @@ class Kandinsky2(System):
     def no_image(self) -> Tensor:
         """The embedding (1, E) that stands for no condition: that of zeros behind CLIP's normalisation, a grey."""
         weight, side = self.image_encoder.visual_projection.weight, self.image_encoder.config.image_size
-        return self.image_encoder(weight.new_zeros(1, 3, side, side))
+        return self.image_encoder(weight.new_zeros(1, 3, side, side)).to(self.device)
 
     # -------------------------------------------------------------------------------------------------- training
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         def encode(images: Tensor) -> dict[str, Tensor]:
-            latents = {} if stage == "prior" else {"latents": self.movq.encode(images.to(self.dtype))}
+            latents = {} if stage == "prior" else {"latents": self.movq.encode(images.to(self.weight("movq")))}
             return latents | {"image_embeds": self.embed(images)}
 
+        if not self.uses_text(stage):
+            return {}
         if stage == "prior":
             return {"image": ("image_encoder", encode), "text": ("text_encoder", self.encode_text)}
         return {"image": ("image_encoder movq", encode)}
@@ -162,26 +159,24 @@ class Kandinsky2(System):
         """
         for kind, raw, made in (("image", "image", "image_embeds"), ("text", "prompt", "text_states")):
             if made not in batch and kind in self.frozen(stage):
-                batch = batch | self.frozen(stage)[kind][1](batch[raw])
+                fields = self.frozen(stage)[kind][1](batch[raw])
+                batch = batch | {name: tensor.to(self.device) for name, tensor in fields.items()}
         embeds = batch["image_embeds"].float()
         if stage == "prior":
             (cond,) = shortest(batch)
             x0 = self.prior.standardised(embeds).detach()
-            schedule = self.diffusion if self.released else self.prior_diffusion
-            return {"loss": self._denoising(self.prior, x0, cond, self.prior_diffusion, schedule)}
+            noising = self.diffusion if self.released else self.prior_diffusion
+            predict = partial(self._predict, self.prior, cond)
+            return {"loss": self.denoising_loss(predict, x0, says=self.prior_diffusion, noising=noising)}
         if "" in batch.get("prompt", ()):
             dropped = torch.tensor([prompt == "" for prompt in batch["prompt"]], device=embeds.device)
             embeds = torch.where(dropped[:, None], self.no_image().float(), embeds)
-        cond = {"image_embeds": embeds.to(self.dtype)}
-        return {"loss": self._denoising(self.unet, batch["latents"].float(), cond, self.diffusion, self.diffusion)}
+        predict = partial(self._predict, self.unet, {"image_embeds": embeds.to(self.dtype)})
+        return {"loss": self.denoising_loss(predict, batch["latents"].float())}
 
-    def _denoising(self, network: Callable, x0: Tensor, cond: Cond, says: Diffusion, schedule: Diffusion) -> Tensor:
-        """Mean squared error of what the network `says` about x_t, under the noise and the weights of `schedule`."""
-        t = torch.randint(schedule.length, (len(x0),), device=x0.device)
-        noise = torch.randn_like(x0)
-        out = network(schedule.noised(x0, t, noise).to(self.dtype), t, **cond)[:, : x0.shape[1]]
-        loss = (out.float() - says.target(x0, t, noise)).square().flatten(1).mean(1)
-        return (loss * schedule.min_snr_weight(t, self.snr_gamma)).mean() if self.snr_gamma else loss.mean()
+    def _predict(self, network: Callable, cond: Cond, x: Tensor, t: Tensor) -> Tensor:
+        """Of as many channels as x has: a learned variance is left alone."""
+        return network(x.to(self.dtype), t, **cond)[:, : x.shape[1]]
 
     def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
         if not self.shapes and not lora.adapted(self.get_submodule(self.stages[stage][0])):
@@ -189,6 +184,9 @@ class Kandinsky2(System):
         return super().trainable(stage)
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
+        if not self.uses_text(stage):
+            return super().example(stage, batch, device)
+
         def draw(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, device=device)
 
@@ -222,7 +220,7 @@ class Kandinsky2(System):
         second = self.guidance if guidance is None else guidance
         embeds = self.imagine(prompts, noise, prior_steps or self.prior_steps, first, negative_prompts)
         latents = self.draw(*embeds, noise, steps or self.steps, second, height or self.size, width or self.size)
-        return self.to_unit(self.movq.decode(latents).float())
+        return self.to_unit(self.decode(latents))
 
     def imagine(
         self, prompts: list[str], noise: Noise, steps: int, guidance: float, negative_prompts: list[str] | None = None

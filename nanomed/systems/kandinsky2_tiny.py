@@ -9,7 +9,7 @@ It departs from the big one where minutes on a CPU ask for it: 32 x 32 pixels, l
 a clamp at 3, and a decoder that predicts v, which learns what the embedding says in a tenth of the steps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,6 @@ RECIPES = {
 DECODER_SCHEDULE = replace(SCHEDULES[1], prediction="v", clip=3.0)
 SPREAD = 5.0  # times CLIP's initial deviation of 0.02: the image tower attends to something, rather than to everything
 TOWERS = ("text_encoder", "image_encoder")
-
-
 OPTIONS = (*kandinsky2.OPTIONS, Reading)
 
 
@@ -64,12 +62,12 @@ class Kandinsky2Tiny(Kandinsky2):
     stages = {"vae": ("movq",), **Kandinsky2.stages}
 
     def __init__(self, found: Found, **settings: Any):
-        super().__init__(found, **{"schedules": (SCHEDULES[0], DECODER_SCHEDULE)} | settings)
+        super().__init__(found, (SCHEDULES[0], DECODER_SCHEDULE), **settings)
         for param in self.image_encoder.parameters():
             param.detach().mul_(SPREAD if param.dim() > 1 else 1.0)
 
     @classmethod
-    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         """The vocabulary that is shipped with the tiny MSDM."""
         return {"tokenizer": ClipTokenizer.from_folder(weights.find("msdm-tiny", weights_folder) / "tokenizer")}
 
@@ -83,17 +81,10 @@ class Kandinsky2Tiny(Kandinsky2):
         """Version 0.1 wrote the shapes under `networks`."""
         return settings | settings.pop("networks", {})
 
-    def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
-        return {} if stage == "vae" else super().frozen(stage)
-
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         if stage == "vae":
             return {"loss": F.l1_loss(self.reconstruct(batch["image"]), batch["image"])}
         return super().forward(batch, stage, step)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] through MoVQ and back."""
-        return self.movq.decode(self.movq.encode(images))
 
     def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
         """After the autoencoder: bring latents and embeddings to unit deviation, and the embeddings' mean to zero, by
@@ -115,11 +106,6 @@ class Kandinsky2Tiny(Kandinsky2):
         projection.div_(embeds.std(0)[:, None])
         bias.sub_(torch.linalg.pinv(projection) @ (embeds.mean(0) / embeds.std(0)))  # it has no bias of its own
         return {"latent_std": deviation.item()}
-
-    def example(self, stage: str, batch: int, device: torch.device) -> dict:
-        if stage == "vae":
-            return {"image": torch.rand(batch, 3, self.size, self.size, device=device) * 2 - 1}
-        return super().example(stage, batch, device)
 
     def save(self, folder: str | Path, parts: Iterable[str] = ()) -> None:
         super().save(folder, [*parts, *TOWERS] if parts else ())

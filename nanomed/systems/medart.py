@@ -110,7 +110,7 @@ class MedArt(PixArt):
         self.colour: Tensor | None = None  # the last colour loss, for the log
 
     @classmethod
-    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         return {"tokenizer": tiny_tokenizer(shapes.get("text_encoder", {}).get("vocab_size", 512))}
 
     # ------------------------------------------------------------------------------------------------ training

@@ -5,7 +5,7 @@
     noise (B, 8, 32, 32) --150 steps of the U-Net, guidance 4.5--> latents --VAE decoder--> image (B, 3, 256, 256)
 
 Stage "vae" trains the autoencoder on images, stage "unet" the denoiser on its frozen latents. Where the released code
-and the paper part, this is the paper done right; README.md lists every such place.
+and the paper part, this is the paper done right; README.md beside this file lists every such place.
 """
 
 import random
@@ -128,7 +128,7 @@ class MSDM(System):
         return self.vae.scale
 
     @classmethod
-    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         """The small vocabulary that is shipped."""
         return {"tokenizer": ClipTokenizer.from_folder(weights.find("msdm-tiny", weights_folder) / "tokenizer")}
 
@@ -159,7 +159,7 @@ class MSDM(System):
         """
 
         def encode(distinct: list[str]) -> Cond:
-            device = next(self.text_encoder.parameters()).device
+            device = self.weight("text_encoder").device
             ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.text_length))
             return {"prompt_embeds": self.text_encoder(ids, mask), "attention_mask": mask}  # (distinct, 64, 768)
 
@@ -229,12 +229,12 @@ class MSDM(System):
         denoise = guided(self.unet, cond, null, self.guidance if guidance is None else guidance)
         spacing, sampler = SAMPLERS[self.sampler]
         diffusion = replace(self.diffusion, spacing=spacing)
-        if self.unet.self_conditioning:
+        if self.self_conditioning:
             denoise = self_conditioned(denoise, diffusion)
         eta = {"eta": 1.0} if self.sampler == "msdm" else {}
         x = noise.randn(self.latent_shape[0], height // factor, width // factor)
-        x = sampler(denoise, diffusion, x.to(self.unet.in_conv["conv"].weight.dtype), steps or self.steps, noise, **eta)
-        return self.to_unit(self.vae.decode(x).float())
+        x = sampler(denoise, diffusion, x.to(self.dtype), steps or self.steps, noise, **eta)
+        return self.to_unit(self.decode(x))
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""

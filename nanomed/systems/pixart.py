@@ -93,7 +93,7 @@ class PixArt(System):
         return {"scheduler": read_scheduler(place("scheduler"))}
 
     @classmethod
-    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | None) -> dict[str, Any]:
+    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         return {"tokenizer": train_unigram(["An endoscopic image of a polyp."], 100)}
 
     # ------------------------------------------------------------------------------------------------ text
@@ -149,14 +149,6 @@ class PixArt(System):
         cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
         return {"loss": self.denoising_loss(self.noise_of(partial(self.transformer, **cond)), x0)}
 
-    def text(self, batch: dict) -> Cond:
-        """In training the words are as they stand."""
-        return super().text(batch) if "prompt_embeds" in batch else self.states(batch["prompt"])
-
-    def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
-        fields = super().frozen(stage)
-        return fields | ({"text": ("text_encoder", self.states)} if "text" in fields else {})
-
     # ------------------------------------------------------------------------------------------------ sampling
 
     def sample(
@@ -190,10 +182,6 @@ class PixArt(System):
         """Latents from initial noise (B, 4, H, W), by DPM-Solver++ 2M. `denoise` is the transformer under guidance,
         with all its channels: `guided` or, to be differentiated in little memory, hldf.py's `recomputed`."""
         return samplers.dpmpp_2m(self.noise_of(denoise), self.diffusion, x, steps)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
-        return self.vae.decode(latents.to(self.vae.quant_conv.weight)).float()
 
     def noise_of(self, denoise: Denoise) -> Denoise:
         """The first half of the channels, which is the noise; the rest is a variance that the samplers do not use. The

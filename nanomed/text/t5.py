@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
-from nanomed.layers.blocks import longest
+from nanomed.layers.masks import longest
 from nanomed.weights import WeightsError
 
 

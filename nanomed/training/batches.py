@@ -17,6 +17,7 @@ from nanomed.data import images
 from nanomed.data.table import Row
 from nanomed.run.cache import Columns
 from nanomed.run.randomness import seed_of
+from nanomed.run.ranks import ALONE, Ranks
 
 FLIPS = ((False, False), (True, False), (False, True), (True, True))  # (left-right, top-bottom)
 
@@ -100,16 +101,13 @@ class Batches:
     A batch holds "prompt" (list of str, "" where the context is dropped) and the image as "image" (B, 3, size, size) in
     [-1, 1]; or the fields that are kept of it, likewise of the prompts.
 
-    share   (rank, world): this process's part of the samples
+    ranks   share the samples, `batch` to each at a time
     """
 
-    def __init__(
-        self, rows: Sequence[Row], how: Samples, batch: int, share: tuple[int, int] = (0, 1), kept: Kept = NOTHING
-    ):
-        self.rows, self.how, self.batch, self.kept = rows, how, batch, kept
-        self.rank, self.world = share
+    def __init__(self, rows: Sequence[Row], how: Samples, batch: int, ranks: Ranks = ALONE, kept: Kept = NOTHING):
+        self.rows, self.how, self.batch, self.ranks, self.kept = rows, how, batch, ranks, kept
         self.views = views(how.views, flips=how.dropout > 0)
-        self.placed = how.places_first * batch * self.world  # samples, of all processes together
+        self.placed = how.places_first * batch * ranks.world  # samples, of all processes together
         if how.pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
         else:
@@ -150,7 +148,7 @@ class Batches:
         return {name: batch[name][:, :last] for name in self.how.trimmed}
 
     def _start(self, step: int) -> list[Future]:
-        first = (step * self.world + self.rank) * self.batch
+        first = (step * self.ranks.world + self.ranks.rank) * self.batch
         return [self._pool.submit(self._sample, first + i) for i in range(self.batch)]
 
     def _sample(self, position: int) -> tuple[Tensor | int, str]:
@@ -182,3 +180,8 @@ class Batches:
     def close(self) -> None:
         """Stop the threads that prepare batches."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A batch with its tensors on the device; the host does not wait until they are there."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

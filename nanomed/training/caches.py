@@ -30,7 +30,7 @@ def batches(config, system, stage: str, table: Table, ranks: Ranks) -> Batches:
         prompts = sorted({"", *(text for row in table.rows for text in (*row.prompts, *row.paraphrases))})
         texts = _texts(config.cache, system, frozen["text"], prompts, ranks)
     kept = Kept(images, texts, {text: i for i, text in enumerate(prompts)})
-    return Batches(table.rows, how, config.batch, (ranks.rank, ranks.world), kept)
+    return Batches(table.rows, how, config.batch, ranks, kept)
 
 
 def samples(config, system, stage: str) -> Samples:

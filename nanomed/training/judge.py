@@ -10,7 +10,7 @@ from nanomed.run import files
 from nanomed.run.hardware import autocast
 from nanomed.run.randomness import ImageNoise, seed_all
 from nanomed.run.runs import Run
-from nanomed.training.batches import Batches, Samples, View, pixels
+from nanomed.training.batches import Batches, Samples, View, pixels, to_device
 from nanomed.training.caches import images_of
 from nanomed.training.optimizer import EMA
 from nanomed.training.placement import Placement
@@ -36,8 +36,7 @@ class Judge:
             self.distance, name = frechet_to(arrays, toy=config.data.startswith("toy"), folder=config.weights or None)
             self.measure = name or self.measure
         self.prompts = self._grid_prompts() if self.draws else []
-        if self.ranks.first:
-            print(f"stage {stage}: the best checkpoint is the one of the lowest {self.measure}")
+        run.say(f"stage {stage}: the best checkpoint is the one of the lowest {self.measure}")
 
     def _grid_prompts(self) -> list[str]:
         if self.config.grid_prompts:
@@ -80,8 +79,7 @@ class Judge:
         total = count = 0
         for i in self.ranks.share(range(min(8, -(-len(held_out.items) // batch)))):
             seed_all("validation", i)
-            inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in held_out[i].items()}
-            total += self.system(inputs, self.stage, 0)["loss"].item()
+            total += self.system(to_device(held_out[i], self.device), self.stage, 0)["loss"].item()
             count += 1
         held_out.close()
         return self.ranks.mean(total / max(count, 1), count)
@@ -105,7 +103,7 @@ class Judge:
         """Held-out images, each followed by what the autoencoder makes of it."""
         images = next(images_of(self.valid, self.system.size, self.device, batch=8))
         pairs = torch.stack([images, self.system.reconstruct(images)], dim=1).flatten(0, 1)
-        return files.to_bytes((pairs.float() / 2 + 0.5).clamp(0, 1))
+        return files.to_bytes(self.system.to_unit(pairs.float()))
 
 
 def grid(images: Tensor) -> Tensor:

@@ -19,39 +19,39 @@ from nanomed.run.ranks import Ranks
 PLACES = ("device", "cpu", "share")
 
 
-def places_of(asked: str, system, stage: str, adapted: bool = False) -> dict[str, str]:
-    """{part: place} of the parts that are frozen in a stage, as --frozen asks. Raises UsageError for a part or a place
-    that is not there."""
+def places_of(asked: str, system, stage: str) -> dict[str, str]:
+    """{part: place} of the parts that are frozen in a stage: where --frozen asks for, as far as that place is for them.
+
+    The CPU is for parts whose results are kept, shares are for text encoders, and those whose adapter trains are among
+    them. Raises UsageError for a part or a place that is not there.
+    """
     parts = [name for name, _ in system.named_children()]
-    tuned = {name for name in parts if adapted and name.startswith("text_encoder")}
+    if asked not in PLACES:
+        for item in asked.split(","):
+            name, _, place = item.strip().partition("=")
+            if name not in parts or place not in PLACES:
+                raise UsageError(f"--frozen {asked}: say {', '.join(PLACES)}, or PART=PLACE of {', '.join(parts)}")
+    wishes = dict.fromkeys(parts, asked) if asked in PLACES else dict(
+        item.strip().split("=") for item in asked.split(","))  # fmt: skip
+    texts = {name for name in parts if name.startswith("text_encoder")}
+    tuned = {name for name in texts & set(system.stages[stage]) if lora.adapted(system.get_submodule(name))}
+    kept = {part for several, _ in system.frozen(stage).values() for part in several.split()}
+    possible = {"device": set(parts), "cpu": kept, "share": texts}
     frozen = [name for name in parts if name not in system.stages[stage] or name in tuned]
-    if asked in PLACES:
-        return dict.fromkeys(frozen, asked)
-    places = dict.fromkeys(frozen, "device")
-    for item in asked.split(","):
-        name, _, place = item.strip().partition("=")
-        if name not in parts or place not in PLACES:
-            raise UsageError(f"--frozen {asked}: say {', '.join(PLACES)}, or PART=PLACE of {', '.join(parts)}")
-        if name in places:
-            places[name] = place
-    return places
+    return {name: place if name in possible[place := wishes.get(name, "device")] else "device" for name in frozen}
 
 
 class Placement:
     """Puts the frozen parts of a stage where they are to live.
 
-    last   whether no stage comes after it: else all parts stay whole, for they may train or be asked for later
+    last   whether no stage comes after it: else none is cut in shares, for it may train or be asked for later
     """
 
     def __init__(self, system, stage: str, asked: str, ranks: Ranks, last: bool = True):
-        self.system, self.ranks = system, ranks
-        adapted = any(lora.adapted(system.get_submodule(part)) for part in system.stages[stage])
-        self.places = places_of(asked, system, stage, adapted)
-        once = {part for part, _ in system.frozen(stage).values() for part in part.split()}
-        self.idle = [part for part, place in self.places.items() if place == "cpu" and part in once]
-        self.pieces: list[nn.Module] = []
-        self.shared = [part for part, place in self.places.items() if
-                       place == "share" and ranks.world > 1 and last and part.startswith("text_encoder")]  # fmt: skip
+        self.system, self.ranks, self.pieces = system, ranks, []
+        places = places_of(asked, system, stage)
+        self.idle = [part for part, place in places.items() if place == "cpu"]
+        self.shared = [part for part, place in places.items() if place == "share" and ranks.world > 1 and last]
 
     def settle(self) -> None:
         """Call when what the frozen parts make of the data is on disk: now they may leave, or be cut. Prompts that are
@@ -91,15 +91,10 @@ class Placement:
             self.pieces.append(fully_shard(piece, mesh=mesh, ignored_params=kept))
 
 
-def memory(system, stage: str, batch: int, places: dict[str, str], ranks: int) -> dict[str, float]:
-    """GB on each device, by arithmetic on shapes: weights by place, what trains with its gradients and moments, what
-    steps hold; "in all" with the longest step and what CUDA itself takes."""
-    activations = system.activations(stage, batch)
+def gigabytes(system, places: dict[str, str], trained: int, step: float, ranks: int) -> float:
+    """What a stage needs on each device, by arithmetic on shapes: weights by place, `trained` parameters with gradients
+    and two moments, the bytes that a step holds, and what CUDA itself and its libraries take."""
     share = {"device": 1.0, "cpu": 0.0, "share": 1 / ranks}
-    kept = {name: sum(p.nbytes for p in module.parameters()) * share[places.get(name, "device")]
-            for name, module in system.named_children()}  # fmt: skip
-    trained = sum(p.numel() for p in system.trainable(stage).values())
-    gb = {"weights": sum(kept.values()) / 1e9, "what trains, and its moments": 16 * trained / 1e9}
-    gb |= {name: held / 1e9 for name, held in activations.items()}
-    gb["in all"] = gb["weights"] + 16 * trained / 1e9 + max(activations.values()) / 1e9 + 1.0
-    return gb
+    kept = sum(sum(p.nbytes for p in module.parameters()) * share[places.get(name, "device")]
+               for name, module in system.named_children())  # fmt: skip
+    return (kept + 16 * trained + step) / 1e9 + 1.0
