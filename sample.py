@@ -8,32 +8,22 @@ Row i becomes OUT/0000i.png. It depends on (--seed, i) alone, so a run that was 
 number of ranks gives the same bytes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
+from nanomed.drawing import Drawing, draw
 from nanomed.run import flags
 from nanomed.run.flags import UsageError
-from nanomed.run.hardware import autocast
 from nanomed.run.ranks import Ranks
 
 
 @dataclass
-class Config:
+class Config(Drawing):
     prompts: str = ""  # CSV with a column prompt, Prompt or text (, or ; between columns), or a text file
     model: str = ""  # a run folder or a name under weights/; empty: the newest finished run, else weights/msdm-tiny
-    out: str = "samples"  # folder for the images and manifest.jsonl
-    steps: int | None = None  # solver steps; empty: the model's own
-    guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
-    negative: str = ""  # what to guide away from, in place of the empty prompt
-    batch: int = 16  # images at a time; other batch sizes change pixels by 1/255 at most
-    seed: int = 0  # of all the images together
-    size: int | None = None  # side in pixels; empty: the model's own
-    minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
-    precision: str = "fp32"  # fp32, bf16 or fp16
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     runs: str = "runs"  # where runs are looked for
-    zip: bool = False  # also write OUT.zip
 
 
 def main() -> None:
@@ -42,19 +32,16 @@ def main() -> None:
         raise UsageError("say which prompts: --prompts FILE.csv (an example is weights/msdm-tiny/test.csv)")
     from nanomed import systems
     from nanomed.data.prompts import read_prompts
-    from nanomed.drawing import Drawing, draw
     from nanomed.run import runs
 
     prompts = read_prompts(config.prompts)
     ranks = Ranks.join()
-    autocast(config.precision, ranks.device)  # refuses an unknown one before anything is drawn
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=ranks.device)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
     if ranks.first:
         print(f"{len(prompts)} prompts, {len(set(prompts))} of them distinct; model {name}")
-    how = Drawing(**{field.name: getattr(config, field.name) for field in fields(Drawing)})
-    draw(system, prompts, how, ranks, progress=True)
+    draw(system, prompts, config, ranks, progress=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -28,18 +29,18 @@ from nanomed.run.ranks import ALONE, Ranks
 
 @dataclass
 class Drawing:
-    """How prompts are drawn; sample.py's flags of the same names."""
+    """How prompts are drawn: flags of sample.py, too."""
 
-    out: str = "samples"
-    steps: int | None = None
-    guidance: float | None = None
-    negative: str = ""
-    batch: int = 16
-    seed: int = 0
-    size: int | None = None
-    minmax: bool = False
-    precision: str = "fp32"
-    zip: bool = False
+    out: str = "samples"  # folder for the images and manifest.jsonl
+    steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
+    guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
+    negative: str = ""  # what to guide away from, in place of the empty prompt
+    batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
+    seed: int = 0  # of all the images together
+    size: Annotated[int | None, ">= 1"] = None  # side in pixels; empty: the model's own
+    minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
+    precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
+    zip: bool = False  # also write OUT.zip
 
 
 @torch.inference_mode()

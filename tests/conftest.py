@@ -35,6 +35,15 @@ def close(out: torch.Tensor, ref: torch.Tensor, tolerance: float) -> None:
     assert error <= bound, f"error {error:.3e} is above {bound:.3e}"
 
 
+def assert_gradients_equal(ours: torch.nn.Module, reference: torch.nn.Module, tolerance: float) -> None:
+    """Of every parameter, to the tolerance times the largest gradient of the network."""
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert expected.keys() == {name for name, _ in ours.named_parameters()} and largest > 0
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - expected[name]).abs().max() <= tolerance * largest, name
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Golden tensors and ids, made once with the reference implementations."""

@@ -5,7 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
-from conftest import close
+from conftest import assert_gradients_equal, close
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from manifests import about, config, names_and_shapes
@@ -59,14 +59,6 @@ def theirs(reference: diffusers.HunyuanDiT2DModel, batch: dict[str, Tensor]) -> 
     ).sample  # fmt: skip
 
 
-def assert_gradients_equal(ours: torch.nn.Module, reference: torch.nn.Module, tolerance: float = 1e-4) -> None:
-    expected = {name: p.grad for name, p in reference.named_parameters()}
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    assert expected.keys() == {name for name, _ in ours.named_parameters()} and largest > 0
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad - expected[name]).abs().max() <= tolerance * largest, name
-
-
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
@@ -85,7 +77,7 @@ def test_outputs_and_gradients_equal_diffusers(kind, height, width):
     probe = torch.randn_like(out)
     (out * probe).sum().backward()
     (expected * probe).sum().backward()
-    assert_gradients_equal(ours, reference)
+    assert_gradients_equal(ours, reference, 1e-4)
     for name in ("x", "bert", "t5"):
         largest = yours[name].grad.abs().max()
         assert largest > 0 and (mine[name].grad - yours[name].grad).abs().max() <= 1e-4 * largest, name

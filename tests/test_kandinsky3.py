@@ -17,15 +17,23 @@ SMALL = dict(time_embedding_dim=24, groups=4, attention_head_dim=8, layers_per_b
              block_out_channels=(8, 16, 24, 32), cross_attention_dim=16, encoder_hid_dim=20)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """diffusers' network and the folder it wrote. What time does to the norms starts at zero, so it is drawn."""
-    torch.manual_seed(0)
-    reference = diffusers.Kandinsky3UNet(**SMALL).eval()
+WIDER = SMALL | dict(time_embedding_dim=32, block_out_channels=(16, 32, 48, 64))
+
+
+def drawn(seed: int, shape: dict) -> diffusers.Kandinsky3UNet:
+    """diffusers' network at its start; what time does to the norms starts at zero there, so it is drawn."""
+    torch.manual_seed(seed)
+    reference = diffusers.Kandinsky3UNet(**shape).eval()
     for name, parameter in reference.named_parameters():
         if "context_mlp" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("kandinsky3") / "unet"
+    return reference
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """diffusers' network and the folder it wrote."""
+    reference, folder = drawn(0, SMALL), tmp_path_factory.mktemp("kandinsky3") / "unet"
     reference.save_pretrained(folder)
     return reference, folder
 
@@ -44,18 +52,28 @@ def theirs(reference, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_outputs_equal_diffusers(saved):
-    """To 1e-10 in float64. A random network of so few channels loses four digits of a float32, in diffusers as here:
-    there ours is as near to the float64 result as theirs, within a factor of 4."""
+    """To 1e-10 in float64, the null text included."""
     reference, folder = saved
     with torch.no_grad():
-        exact = theirs(reference.double(), inputs(torch.float64))
-        close(load_kandinsky3(folder, torch.float64)(**inputs(torch.float64)), exact, 1e-10)
-        rows = slice(2)  # without the null, whose scores -10,000 leaves three digits
-        halves = {name: tensor[rows].float() if tensor.is_floating_point() else tensor[rows]
-                  for name, tensor in inputs(torch.float64).items()}  # fmt: skip
-        mine, other = load_kandinsky3(folder)(**halves), theirs(reference.float(), halves)
-    errors = [(out.double() - exact[rows]).abs().max().item() for out in (mine, other)]
-    assert errors[0] <= 4 * errors[1] and errors[1] < 1e-3
+        expected = theirs(reference.double(), inputs(torch.float64))
+        close(load_kandinsky3(folder, torch.float64)(**inputs(torch.float64)), expected, 1e-10)
+
+
+def test_in_float32_it_is_as_near_to_the_truth_as_diffusers():
+    """A random network makes of rounding a few 1e-5, in either program, so that the two cannot agree to 1e-5. Over four
+    networks the mean of the largest errors against float64 is at most 1.5 times diffusers', and each below 1e-4."""
+    errors = []
+    for seed in range(4):
+        reference = drawn(seed, WIDER)
+        ours = weights.load(weights.build(Kandinsky3UNet, Kandinsky3Config(**WIDER)), dict(reference.state_dict()))
+        batch = {name: tensor[:2] for name, tensor in inputs(torch.float32).items()}  # -10,000 leaves the null 3 digits
+        exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+        with torch.no_grad():
+            mine, other = ours(**batch), theirs(reference, batch)
+            truth = theirs(reference.double(), exact)
+        errors.append([(out.double() - truth).abs().max().item() for out in (mine, other)])
+    mine, other = (sum(column) for column in zip(*errors))
+    assert mine <= 1.5 * other and max(map(max, errors)) < 1e-4, errors
 
 
 def test_gradients_equal_diffusers(saved):

@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import close
+from conftest import assert_gradients_equal, close
 from manifests import about, config, names_and_shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -61,14 +61,6 @@ def theirs(reference: diffusers.PixArtTransformer2DModel, batch: dict[str, Tenso
     ).sample
 
 
-def assert_gradients_equal(ours: torch.nn.Module, reference: torch.nn.Module, tolerance: float = 1e-5) -> None:
-    expected = {name: p.grad for name, p in reference.named_parameters()}
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    assert expected.keys() == {name for name, _ in ours.named_parameters()} and largest > 0
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad - expected[name]).abs().max() <= tolerance * largest, name
-
-
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
@@ -87,7 +79,7 @@ def test_outputs_and_gradients_equal_diffusers(kind, height, width):
     probe = torch.randn_like(out)
     (out * probe).sum().backward()
     (expected * probe).sum().backward()
-    assert_gradients_equal(ours, reference)
+    assert_gradients_equal(ours, reference, 1e-5)
     for name in ("x", "prompt_embeds"):
         largest = yours[name].grad.abs().max()
         assert largest > 0 and (mine[name].grad - yours[name].grad).abs().max() <= 1e-5 * largest, name
@@ -143,7 +135,7 @@ def test_text_is_read_once_a_prompt_and_cut_at_the_longest():
     assert not calls
     expected = pair()[1]
     (expected(**batch) * probe).sum().backward()
-    assert_gradients_equal(ours, expected)
+    assert_gradients_equal(ours, expected, 1e-5)
 
 
 def test_what_is_masked_is_not_seen():

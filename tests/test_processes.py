@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import close
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from nanomed import systems
+from nanomed.layers import linear
 from nanomed.run import flags, runs
-from nanomed.run.randomness import seed_all
+from nanomed.run.randomness import ImageNoise, seed_all
 from nanomed.training.optimizer import INSIDE, Descent, LaidOutAdamW, adamw
+from nanomed.training.placement import places_of
 
 ROOT = Path(__file__).parents[1]
 COMMON = ["--data", "toy:12", "--batch", "2", "--steps", "20", "--save_every", "10", "--score_images", "0", "--valid",
@@ -131,6 +134,54 @@ def test_the_plain_adamw_takes_over_where_pytorchs_inside_is_another(monkeypatch
     assert type(adamw([param], lr=0.1)) is LaidOutAdamW, f"PyTorch's _init_group no longer takes {INSIDE}"
     monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda self, group, lists: None)
     assert type(adamw([param], lr=0.1)) is torch.optim.AdamW
+
+
+def test_the_plain_product_takes_over_where_onednns_operator_is_not(monkeypatch):
+    """`torch.ops.mkldnn._linear_pointwise` is private: without it, and where a gradient is wanted, it is F.linear."""
+    layer, x = torch.nn.Linear(24, 16), torch.randn(5, 24)
+    assert linear._ONEDNN, "PyTorch no longer has the operator: products on a CPU are the plain ones"
+    plain = layer(x).detach()
+    with torch.no_grad():
+        close(linear.multiply(layer, x), plain, 1e-6)
+        monkeypatch.setattr(linear, "_ONEDNN", False)
+        assert torch.equal(linear.multiply(layer, x), plain)
+    assert linear.multiply(layer, x).requires_grad
+
+
+@pytest.mark.parametrize("preset", ["msdm-tiny", "medart-tiny", "kandinsky2-tiny"])
+def test_a_frozen_part_that_lives_elsewhere_is_met_there(preset):
+    """Another dtype stands for another device: what goes into a part goes to where it is, and comes back."""
+    torch.manual_seed(0)
+    system = systems.build(preset).eval()
+    stage = list(system.stages)[-1]
+    with torch.no_grad():
+        expected = system.sample(["an image of a polyp"], ImageNoise(0, [0]), steps=2)
+        for part in {part for parts, _ in system.frozen(stage).values() for part in parts.split()}:
+            system.get_submodule(part).double()
+        moved = system.sample(["an image of a polyp"], ImageNoise(0, [0]), steps=2)
+        close(moved.float(), expected, 1e-4)
+        batch = {"image": torch.rand(2, 3, system.size, system.size) * 2 - 1, "prompt": ["a polyp", ""]}
+        assert torch.isfinite(system(batch, stage, 1)["loss"])
+
+
+@pytest.mark.parametrize(
+    "asked, adapted, places",
+    [
+        ("device", False, {"vae": "device"}),
+        ("cpu", False, {"vae": "cpu"}),
+        ("share", False, {"vae": "device"}),  # shares are for text encoders
+        ("cpu", True, {"text_encoder": "device", "vae": "cpu"}),  # nothing of a tuned T5 is kept
+        ("share", True, {"text_encoder": "share", "vae": "device"}),
+        ("text_encoder=share,vae=cpu", True, {"text_encoder": "share", "vae": "cpu"}),
+    ],
+)
+def test_a_frozen_part_lives_where_it_is_asked_to_as_far_as_it_can(asked, adapted, places):
+    system = systems.build("medart-tiny")
+    if adapted:
+        system.adapt("adapters", 2)
+    assert places_of(asked, system, "adapters") == places
+    with pytest.raises(flags.UsageError, match="--frozen vae=moon: say device, cpu, share"):
+        places_of("vae=moon", system, "adapters")
 
 
 # ------------------------------------------------------------------------------------------------------------ flags

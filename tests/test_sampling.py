@@ -225,7 +225,7 @@ def test_two_ranks_killed_fifty_times(model, prompt_file, tmp_path):
     ([], 2, "say which prompts"),
     (["--prompts", "P", "--model", "weights/nothing"], 4, "weights/nothing was not found"),
     (["--prompts", "P", "--steps", "many"], 2, "--steps many"),
-    (["--prompts", "P", "--precision", "fp8", "--model", "M"], 2, "choose fp32, bf16 or fp16"),
+    (["--prompts", "P", "--precision", "fp8", "--model", "M"], 2, "choose fp32, bf16, fp16"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_an_exit_code(model, prompt_file, tmp_path, flags, code, message):
     words = [{"P": str(prompt_file), "M": str(model)}.get(word, word) for word in flags]

@@ -182,7 +182,15 @@ def _aliased(word: str, fields: dict[str, Any]) -> str:
 
 def comments(cls: type) -> dict[str, tuple[str, str]]:
     """Every field's heading (the last `# ---- heading` above it) and its help: the trailing comment, with comment lines
-    directly below that continue it."""
+    directly below that continue it. The fields of a dataclass above come behind."""
+    found: dict[str, tuple[str, str]] = {}
+    for above in cls.__mro__:
+        if dataclasses.is_dataclass(above):
+            found = found | {name: said for name, said in _comments(above).items() if name not in found}
+    return found
+
+
+def _comments(cls: type) -> dict[str, tuple[str, str]]:
     found, last, heading = {}, None, ""
     for line in inspect.getsource(cls).splitlines():
         if match := re.match(r"\s+# -+ (.*)$", line):

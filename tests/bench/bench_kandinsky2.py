@@ -9,10 +9,7 @@ without the padding that its mask hides (prompts of 20 tokens). Outputs are comp
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401
 import diffusers  # noqa: E402
+from interleaved import compare  # noqa: E402
 
 from nanomed import weights  # noqa: E402
 from nanomed.autoencoders.movq import MoVQ  # noqa: E402
@@ -57,21 +55,6 @@ def main() -> None:
         """Ours with the reference's very tensors."""
         return weights.load(ours, dict(reference.state_dict())).to(device, dtype).eval()
 
-    def compare(name: str, here: Callable, there: Callable) -> None:
-        for run in (here, there):
-            run()  # warm-up
-        seconds: dict[Callable, list[float]] = {here: [], there: []}
-        for _ in range(args.repeats):
-            for run in (here, there):
-                synchronize(device)
-                start = time.perf_counter()
-                run()
-                synchronize(device)
-                seconds[run].append(time.perf_counter() - start)
-        a, b = (statistics.median(seconds[run]) for run in (here, there))
-        error = (here().float() - there().float()).abs().max().item()
-        print(f"{name:28} {a:>8.4f}s {b:>9.4f}s {a / b:>7.3f}   {error:.1e}", flush=True)
-
     with torch.inference_mode():
         if args.only in ("", "unet"):
             config = dict(block_out_channels=[c // half for c in (384, 768, 1152, 1536)], encoder_hid_dim=1280,
@@ -99,8 +82,8 @@ def main() -> None:
             whole = dict(text_states=states, text_embeds=embeds, text_mask=mask)
             (short,) = shortest(whole)
             there = lambda: reference(x, t, embeds, states, mask).predicted_image_embedding  # noqa: E731
-            compare("prior, 77 text tokens", lambda: ours(x, t, **whole), there)
-            compare("prior, without padding", lambda: ours(x, t, **short), there)
+            compare("prior, 77 text tokens", lambda: ours(x, t, **whole), there, args.repeats, device)
+            compare("prior, without padding", lambda: ours(x, t, **short), there, args.repeats, device)
             del ours, reference
         if args.only in ("", "movq"):
             config = dict(block_out_channels=[128 // half, 256 // half, 256 // half, 512 // half], layers_per_block=2,
@@ -109,13 +92,20 @@ def main() -> None:
             ours = like(weights.build(MoVQ, **config), reference)
             z, images = torch.randn(1, 4, side, side), torch.rand(1, 3, args.size, args.size)
             z, images = z.to(device, dtype), images.to(device, dtype)
-            compare("MoVQ decoder", lambda: ours.decode(z), lambda: reference.decode(z, force_not_quantize=True).sample)
-            compare("MoVQ encoder", lambda: ours.encode(images), lambda: reference.encode(images).latents)
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+            compare(
+                "MoVQ decoder",
+                lambda: ours.decode(z),
+                lambda: reference.decode(z, force_not_quantize=True).sample,
+                args.repeats,
+                device,
+            )
+            compare(
+                "MoVQ encoder",
+                lambda: ours.encode(images),
+                lambda: reference.encode(images).latents,
+                args.repeats,
+                device,
+            )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ rank 8 on one row (forward and backward through the frozen network; diffusers wi
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401
 import diffusers  # noqa: E402
 import peft  # noqa: E402
+from interleaved import compare  # noqa: E402
 
 from nanomed import weights  # noqa: E402
 from nanomed.adapters import lora  # noqa: E402
@@ -79,25 +78,13 @@ def main() -> None:
         added = {name: text[name] for name in ("text_embeds", "time_ids") if name in text}
         return reference(x, t, text["prompt_embeds"], added_cond_kwargs=added or None).sample
 
-    def compare(name: str, here: Callable, other: Callable) -> None:
-        results = [run() for run in (here, other)]  # and the warm-up
-        seconds: dict[Callable, list[float]] = {here: [], other: []}
-        for _ in range(args.repeats):
-            for run in (here, other):
-                synchronize(device)
-                start = time.perf_counter()
-                run()
-                synchronize(device)
-                seconds[run].append(time.perf_counter() - start)
-        a, b = (statistics.median(seconds[run]) for run in (here, other))
-        error = (results[0].float() - results[1].float()).abs().max().item()
-        print(f"{name:28} {a:>8.3f}s {b:>9.3f}s {b / a:>6.3f}x   {error:.1e}", flush=True)
-
     if args.only in ("", "forward"):
         x, t, text = given(2)
         with torch.inference_mode():
             read = ours.read_text(**text)
-            compare("forward with guidance", lambda: ours(x, t, **read), lambda: there(x, t, text))
+            compare(
+                "forward with guidance", lambda: ours(x, t, **read), lambda: there(x, t, text), args.repeats, device
+            )
     if args.only in ("", "step"):
         x, t, text = given(1)
         noise = torch.randn_like(x)
@@ -115,12 +102,9 @@ def main() -> None:
             "LoRA step, rank 8",
             lambda: step(ours, lambda: ours(x, t, **text)),
             lambda: step(reference, lambda: there(x, t, text)),
+            args.repeats,
+            device,
         )
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
