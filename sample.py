@@ -22,6 +22,7 @@ from nanomed.run.ranks import Ranks
 class Config(Drawing):
     prompts: str = ""  # CSV with a column prompt, Prompt or text (, or ; between columns), or a text file
     model: str = ""  # a run folder or a name under weights/; empty: the newest finished run, else weights/msdm-tiny
+    lora: str = ""  # adapters to fold in: FILE_OR_FOLDER, with a weight FILE=0.8, several by comma
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     runs: str = "runs"  # where runs are looked for
 
@@ -37,7 +38,7 @@ def main() -> None:
     prompts = read_prompts(config.prompts)
     ranks = Ranks.join()
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
-    system = systems.load(name, config.weights or None, device=ranks.device)
+    system = systems.load(name, config.weights or None, device=ranks.device, lora=config.lora)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
     if ranks.first:
         print(f"{len(prompts)} prompts, {len(set(prompts))} of them distinct; model {name}")

@@ -57,6 +57,8 @@ class Config:
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     compile: bool = False  # torch.compile the trained network
     # ---- adapter
+    lora: str = ""  # adapters to start from, as sample.py takes them: the last one is trained further (any others are
+    # folded in), or with --rank all are folded in, below a new one
     rank: Annotated[int, ">= 0"] = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
     alpha: Annotated[float, ">= 0"] = 0.0  # the adapter's scale is alpha / rank; 0 = as large as the rank
     adapter: Annotated[str, "lora | rslora | dora | rsdora"] = "lora"  # kind of adapter
@@ -98,6 +100,8 @@ def main() -> int:
     run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}")
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
+    for part in system.parts:
+        system.fold_below(run.folder / "model", part)
     system.to(ranks.device, memory_format=torch.channels_last)  # what was read too, or it would round otherwise
 
     for stage in [config.stage] if config.stage else system.stages:
@@ -122,9 +126,14 @@ def settings_of(config: Config) -> dict:
     """The flags that are settings of the system's constructor, as far as the command line or the preset says them."""
     known = systems.settings(config.model)
     said = {name: getattr(config, name) for name in config.given if name in known}
-    if config.rank and config.precision == "bf16":  # what lies frozen below adapters is held in bf16
+    if (config.rank or starts(config)) and config.precision == "bf16":  # what is frozen below adapters is bf16
         said["dtype"] = torch.bfloat16
     return said
+
+
+def starts(config: Config) -> bool:
+    """Whether an adapter that is given is trained further."""
+    return bool(config.lora) and "rank" not in config.given
 
 
 def read_data(config: Config, system):
@@ -143,6 +152,7 @@ def read_data(config: Config, system):
 
 def open_run(config: Config, system, ranks: Ranks) -> Run:
     """The run folder: a fresh one, one to go on with, or a fresh one upon the parts of another."""
+    from nanomed.adapters import onto
     from nanomed.run import runs
 
     settings = asdict(config) | {"world": ranks.world}
@@ -153,9 +163,15 @@ def open_run(config: Config, system, ranks: Ranks) -> Run:
         return Run.resume(found, settings, ranks)
     if config.base and config.stage not in system.stages:
         raise UsageError(f"--base {config.base}: say with --stage which one to train on top of it")
+    trained = [part for stage in ([config.stage] if config.stage else system.stages) for part in system.stages[stage]]
+    modules = dict(system.named_children())
+    kept = onto.keep(config.lora, modules, trained if starts(config) else ()) if config.lora else []
     run = Run.create(config.out, settings, ranks)
     if config.base:
         run.begin_with(config.base, config.stage, [system.adapter_folder(p) for p in system.stages[config.stage]])
+    if ranks.first:
+        onto.write(kept, run.folder)
+    ranks.barrier()
     return run
 
 
@@ -177,7 +193,8 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
     from nanomed.training.placement import Placement
 
     (train, valid), ranks = split, run.ranks
-    if config.rank:
+    system.start_from(stage, run.folder / "start")
+    if config.rank and system.bare(stage):
         torch.manual_seed(seed_of(config.seed, "adapter", stage))  # the same start on every process
         system.adapt(stage, config.rank, config.alpha or None, config.adapter)
     placement = Placement(system, stage, config.frozen, ranks, bool(config.stage) or stage == [*system.stages][-1])

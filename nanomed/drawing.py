@@ -113,7 +113,7 @@ def _settings(system, prompts: list[str], how: Drawing) -> dict:
         "minmax": how.minmax,
         "precision": how.precision,
         "model": weights.fingerprint(system),
-    }
+    } | ({"lora": system.loras} if system.loras else {})
     texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return {"drawing": drawing, "batch": how.batch, "rows": len(prompts), "prompts": texts}
 
@@ -125,9 +125,8 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
         if mark.is_file():
             before = json.loads(mark.read_text(encoding="utf-8"))
             if before != settings:
-                different = [
-                    key for key in settings["drawing"] if before["drawing"].get(key) != settings["drawing"][key]
-                ]
+                keys = dict.fromkeys([*settings["drawing"], *before["drawing"]])
+                different = [key for key in keys if before["drawing"].get(key) != settings["drawing"].get(key)]
                 different += [key for key in ("batch", "rows", "prompts") if before.get(key) != settings[key]]
                 raise UsageError(
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "

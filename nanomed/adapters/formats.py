@@ -32,19 +32,33 @@ from nanomed.weights import WeightsError
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_peft(folder: str | Path, module: nn.Module, base_model: str = "") -> None:
+class Stored(NamedTuple):
+    """The adapter of one network without the network."""
+
+    tensors: dict[str, Tensor]  # in PEFT's names: x.lora_A.weight, x.lora_B.weight, x.lora_magnitude_vector
+    settings: dict  # in PEFT's words, as `config`
+    base: str = ""  # the published name of the network below, e.g. "PixArt-alpha/PixArt-XL-2-512x512"
+
+
+def stored(module: nn.Module, base: str = "") -> Stored:
+    return Stored(state(module), config(module), base)
+
+
+def save_peft(folder: str | Path, adapter: nn.Module | Stored, base_model: str = "") -> None:
     """Write a PEFT folder: `adapter_model.safetensors`, then `adapter_config.json`.
 
+    adapter      a network that has one, or the adapter alone
     base_model   the published name of the network below, e.g. "PixArt-alpha/PixArt-XL-2-512x512"
     """
-    settings = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model or None,
-                "inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None} | config(module)  # fmt: skip
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in state(module).items()}
+    tensors, said, base = adapter if isinstance(adapter, Stored) else stored(adapter, base_model)
+    settings = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base or None,
+                "inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None} | said  # fmt: skip
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     files.write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
     files.write_json(Path(folder) / "adapter_config.json", settings)
 
 
-def save_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
+def save_diffusers(path: str | Path, modules: Mapping[str, nn.Module | Stored]) -> None:
     """Write what diffusers' `load_lora_weights` reads: one safetensors file, `<part>.<layer>.lora_A.weight`.
 
     path      the file, or a folder for `pytorch_lora_weights.safetensors`
@@ -56,13 +70,14 @@ def save_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
     tensors: dict[str, Tensor] = {}
     settings: dict[str, object] = {}
     for part, module in modules.items():
-        tensors |= {f"{part}.{name}": tensor for name, tensor in state(module).items()}
-        settings |= {f"{part}.{key}": value for key, value in config(module).items()}
+        mine, said, _ = module if isinstance(module, Stored) else stored(module)
+        tensors |= {f"{part}.{name}": tensor for name, tensor in mine.items()}
+        settings |= {f"{part}.{key}": value for key, value in said.items()}
     metadata = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
-    files.write_tensors(_diffusers_file(path), tensors, metadata)
+    files.write_tensors(diffusers_file(path), tensors, metadata)
 
 
-def save_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
+def save_kohya(path: str | Path, modules: Mapping[str, nn.Module | Stored]) -> None:
     """Write the safetensors file that ComfyUI and the web UIs read: `lora_unet_<layer_with_underscores>` and
     `.lora_down.weight`, `.lora_up.weight`, `.alpha` and, for DoRA, `.dora_scale`.
 
@@ -70,21 +85,23 @@ def save_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
               other part lora_unet_. The format's scale is alpha / r, so rsLoRA is written with alpha sqrt(r).
     """
     tensors: dict[str, Tensor] = {}
-    prefixes = {part: _kohya_prefixes(part)[part == "text_encoder" and "text_encoder_2" in modules] for part in modules}
+    prefixes = {part: kohya_prefixes(part)[part == "text_encoder" and "text_encoder_2" in modules] for part in modules}
     if len(set(prefixes.values())) < len(modules):
         raise ValueError(f"{', '.join(modules)}: kohya's format has one denoiser, so write a file for each")
     for part, module in modules.items():
-        prefix = prefixes[part]
-        for name, layer in layers_of(module).items():
-            key = prefix + name.replace(".", "_")
+        mine, said, _ = module if isinstance(module, Stored) else stored(module)
+        for name in dict.fromkeys(key.partition(".lora_")[0] for key in mine):
+            key = prefixes[part] + name.replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise ValueError(f"two layers are {key} in kohya's spelling ({name} is one): use another format")
-            a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+            a, b = mine[f"{name}.lora_A.weight"], mine[f"{name}.lora_B.weight"]
             tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
-            tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float32)
-            if layer.lora_magnitude_vector is not None:
-                magnitude = layer.lora_magnitude_vector.detach()
-                tensors[f"{key}.dora_scale"] = magnitude.reshape(-1, *[1] * (layer.weight.dim() - 1))
+            alpha = by_pattern(said.get("alpha_pattern"), name, said["lora_alpha"])
+            alpha *= math.sqrt(len(a)) if said.get("use_rslora") else 1
+            exact = torch.tensor(alpha, dtype=torch.float64)  # in fp32 where that holds it, as others write it
+            tensors[f"{key}.alpha"] = exact.float() if exact.float().double() == exact else exact
+            if (magnitude := mine.get(f"{name}.lora_magnitude_vector")) is not None:
+                tensors[f"{key}.dora_scale"] = magnitude.reshape(-1, *[1] * (a.dim() - 1))
     files.write_tensors(path, tensors)
 
 
@@ -120,11 +137,11 @@ def _targets(module: nn.Module, layers: Collection[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
-def _diffusers_file(path: str | Path) -> Path:
+def diffusers_file(path: str | Path) -> Path:
     return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "pytorch_lora_weights.safetensors"
 
 
-def _kohya_prefixes(part: str) -> tuple[str, ...]:
+def kohya_prefixes(part: str) -> tuple[str, ...]:
     """How the keys of a part of a pipeline begin; the first is written."""
     return {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}.get(part, ("lora_unet_",))
 
@@ -132,14 +149,14 @@ def _kohya_prefixes(part: str) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 # How files spell the tensors of a layer: PEFT (with or without the adapter's name), diffusers, old diffusers, kohya.
-_SPELLINGS = {
+SPELLINGS = {
     "A": r"\.lora_A(\.\w+)?\.weight|(\.lora|\.lora_linear_layer|_lora)\.down\.weight|\.lora_down\.weight",
     "B": r"\.lora_B(\.\w+)?\.weight|(\.lora|\.lora_linear_layer|_lora)\.up\.weight|\.lora_up\.weight",
     "magnitude": r"\.lora_magnitude_vector(\.\w+)?(\.weight)?",
     "dora_scale": r"\.dora_scale",
     "alpha": r"\.alpha",
 }
-_KEY = re.compile("(?P<path>.+?)(?:" + "|".join(f"(?P<{slot}>{text})" for slot, text in _SPELLINGS.items()) + ")")
+KEY = re.compile("(?P<path>.+?)(?:" + "|".join(f"(?P<{slot}>{text})" for slot, text in SPELLINGS.items()) + ")")
 _OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # in text encoders, 2023
 # What PEFT can do besides, that changes the function computed and leaves no tensor of its own in the file.
 _FOREIGN = ("lora_bias", "use_qalora", "layer_replication", "alora_invocation_tokens", "velora_config", "arrow_config")
@@ -162,19 +179,25 @@ def load_peft(folder: str | Path, module: nn.Module) -> list[nn.Parameter]:
     WeightsError for what is damaged, incomplete, of another shape, not LoRA, or names a layer that is not there; the
     network is then as it was.
     """
-    folder, about = Path(folder), Path(folder) / "adapter_config.json"
-    if not about.is_file():
-        raise weights.WeightsNotFound(f"{about} is missing: an adapter's folder holds it beside its tensors")
-    settings = _parse(about.read_text(encoding="utf-8", errors="replace"), str(about))
-    if settings.get("peft_type") != "LORA":
-        raise WeightsError(f"{about}: not a LoRA but {settings.get('peft_type')}")
+    folder, settings = Path(folder), peft_settings(folder)
     file, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not file.exists() and pickled.exists():
         file, tensors = pickled, weights.read_pickle(pickled)
     else:
         tensors = weights.read(file)
-    tensors = _unfused(module, tensors, file)
-    return _load(file, tensors, [Part(module, tensors, "", _by_name(module), settings)])
+    tensors = unfused(module, tensors, file)
+    return place(file, tensors, [Part(module, tensors, "", by_name(module), settings)])
+
+
+def peft_settings(folder: str | Path) -> dict:
+    """What an `adapter_config.json` says. Raises WeightsError where it is missing, damaged, or not of a LoRA."""
+    about = Path(folder) / "adapter_config.json"
+    if not about.is_file():
+        raise weights.WeightsNotFound(f"{about} is missing: an adapter's folder holds it beside its tensors")
+    settings = parse(about.read_text(encoding="utf-8", errors="replace"), str(about))
+    if settings.get("peft_type") != "LORA":
+        raise WeightsError(f"{about}: not a LoRA but {settings.get('peft_type')}")
+    return settings
 
 
 def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -188,10 +211,10 @@ def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[n
     rank, as diffusers reads it. A part the file does not mention stays bare; a part that is not in `modules` is an
     error. Returns and raises as `load_peft`.
     """
-    file = _diffusers_file(path)
+    file = diffusers_file(path)
     tensors = weights.read(file)
     with safe_open(file, framework="pt") as opened:
-        metadata = _parse((opened.metadata() or {}).get("lora_adapter_metadata", "{}"), f"{file}: its metadata")
+        metadata = parse((opened.metadata() or {}).get("lora_adapter_metadata", "{}"), f"{file}: its metadata")
     parts = []
     for name, module in modules.items():
         prefixes = [f"{name}."] if len(modules) > 1 else [f"{name}.", "unet.", "transformer.", "prior.", ""]
@@ -199,9 +222,9 @@ def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[n
             mine = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             if mine:
                 settings = {k[len(prefix) :]: v for k, v in metadata.items() if prefix and k.startswith(prefix)}
-                parts.append(Part(module, mine, prefix, _by_name(module), settings))
+                parts.append(Part(module, mine, prefix, by_name(module), settings))
                 break
-    return _load(file, tensors, parts)
+    return place(file, tensors, parts)
 
 
 def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -214,13 +237,13 @@ def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Pa
     """
     tensors, parts = weights.read(path), []
     for name, module in modules.items():
-        for prefix in _kohya_prefixes(name):
+        for prefix in kohya_prefixes(name):
             if mine := {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}:
-                parts.append(Part(module, mine, prefix, _by_underscores(module, path)))
-    return _load(path, tensors, parts)
+                parts.append(Part(module, mine, prefix, by_underscores(module, path)))
+    return place(path, tensors, parts)
 
 
-def _by_name(module: nn.Module) -> Callable[[str], str | None]:
+def by_name(module: nn.Module) -> Callable[[str], str | None]:
     """Paths with dots: as they are, or in a spelling of 2023."""
     layers = adaptable(module)
 
@@ -239,12 +262,12 @@ def _by_name(module: nn.Module) -> Callable[[str], str | None]:
 _FUSED = {"Wqkv": ("to_q", "to_k", "to_v"), "kv_proj": ("to_k", "to_v"), "q_proj": ("to_q",), "out_proj": ("to_out.0",)}
 
 
-def _unfused(module: nn.Module, tensors: dict[str, Tensor], file: str | Path) -> dict[str, Tensor]:
+def unfused(module: nn.Module, tensors: dict[str, Tensor], file: str | Path) -> dict[str, Tensor]:
     """The adapter of a fused layer as adapters of the layers that `module` has in its place: the common A, and of B and
     the magnitude each its rows. What names a layer that is there stays as it is."""
-    layers, locate, split = adaptable(module), _by_name(module), {}
+    layers, locate, split = adaptable(module), by_name(module), {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = KEY.fullmatch(key)
         head, _, last = match["path"].rpartition(".") if match else ("", "", "")
         names = [f"{head}.{name}" for name in _FUSED.get(last, ())]
         if not names or locate(match["path"]) or not all(locate(name) in layers for name in names):
@@ -258,7 +281,7 @@ def _unfused(module: nn.Module, tensors: dict[str, Tensor], file: str | Path) ->
     return split
 
 
-def _by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str | None]:
+def by_underscores(module: nn.Module, path: str | Path) -> Callable[[str], str | None]:
     """Paths whose dots have become underscores, which only the layers at hand can undo."""
     names: dict[str, set[str]] = defaultdict(set)
     layers = adaptable(module)
@@ -321,19 +344,19 @@ def _stability_names(layers: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _load(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -> list[nn.Parameter]:
+def place(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -> list[nn.Parameter]:
     """Attach what a file holds to the layers it names. Everything is judged before anything is changed."""
     plans, unknown = [], list(tensors.keys() - {key for part in parts for key in part.tensors})
     for part in parts:
         expect_bare(part.module)
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in part.tensors.items():
-            match = _KEY.fullmatch(key, len(part.prefix))
+            match = KEY.fullmatch(key, len(part.prefix))
             name = part.locate(match["path"]) if match else None
             if name is None:
                 unknown.append(key)
                 continue
-            slot = next(slot for slot in _SPELLINGS if match[slot])
+            slot = next(slot for slot in SPELLINGS if match[slot])
             if slot in found[name]:
                 raise WeightsError(f"{file}: {name} has two tensors {slot}, one of them {key}")
             found[name][slot] = tensor
@@ -407,7 +430,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def _parse(text: str, where: str) -> dict:
+def parse(text: str, where: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

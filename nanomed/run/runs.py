@@ -87,7 +87,8 @@ class Run:
             raise UsageError(f"--resume {folder}: not a run folder")
         before = _read(folder / "config.json")
         decisive = (
-            *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "released", "text_adapter"),
+            *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "lora"),
+            *("released", "text_adapter"),
             *("data", "size", "valid", "views", "augment", "captions", "paraphrases", "strategy", "join"),
             *("places", "places_first", "dropout"),
         )

@@ -63,17 +63,23 @@ def load(
     weights: str | None = None,
     dtype: "torch.dtype | None" = None,
     device: "str | torch.device" = "cpu",
+    lora: str = "",
 ) -> "System":
     """Read a trained system: a run folder, a folder that `System.save` wrote, or a name under `weights/`; or a
     published one by the name of its preset.
 
-    `weights` is where published files are looked for besides the usual places (see nanomed/weights/places.py).
+    weights   where published files are looked for besides the usual places (see nanomed/weights/places.py)
+    lora      adapters to fold in: "FILE_OR_FOLDER=0.8", several by comma
     """
     from nanomed import weights as files
     from nanomed.run import runs
     from nanomed.systems.assembly import read_config
 
     if name in PUBLISHED:
-        return _class(str(name)).published(weights, dtype).to(device)
-    folder = runs.model_folder(name) if runs.is_run(name) else files.find(str(name), weights)
-    return _class(read_config(folder)["system"]).saved(folder, weights, dtype).to(device)
+        system = _class(str(name)).published(weights, dtype)
+    else:
+        folder = runs.model_folder(name) if runs.is_run(name) else files.find(str(name), weights)
+        system = _class(read_config(folder)["system"]).saved(folder, weights, dtype)
+    if lora:
+        system.add_lora(lora)
+    return system.to(device)

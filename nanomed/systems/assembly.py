@@ -4,6 +4,7 @@ back. The same for all systems, so that their own files need only a table of par
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from mmap import mmap
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanomed import weights
-from nanomed.adapters import formats, lora
+from nanomed.adapters import formats, lora, onto
 from nanomed.run import files
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # the stems of a part's weights file
@@ -78,6 +79,8 @@ class Assembled(nn.Module):
         for name in self.tokenizers:
             setattr(self, name, found.tokenizers.get(name))
         self.shapes, self.base = found.shapes, found.base
+        self.loras: list[dict] = []  # what `add_lora` has folded
+        self._folded: set[str] = set()  # parts in which what lies below a run's adapters is folded
 
     @classmethod
     def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
@@ -188,6 +191,19 @@ class Assembled(nn.Module):
         settings = {name: getattr(self, name) for name in self.settings()}
         return json.loads(json.dumps({"system": self.name, "base": self.base} | self.shapes | settings))
 
+    def add_lora(self, given: str) -> None:
+        """Fold adapters into the parts that they are for: "FILE", "FILE=0.8", several by comma (onto.py)."""
+        self.loras += onto.fold(given, dict(self.named_children()))
+
+    def fold_below(self, folder: str | Path, part: str) -> None:
+        """Fold into a part, once, what a run in `folder` has below its own adapter."""
+        if part not in self._folded:
+            self._folded.add(part)
+            for below in onto.kept(Path(folder)):
+                if (below / part).is_dir():
+                    formats.load_peft(below / part, self.get_submodule(part))
+                    lora.fold(self.get_submodule(part))
+
     def adapter_folder(self, part: str) -> str:
         """Where the adapter of a part lies in a saved system, as a PEFT folder."""
         return f"{part}_lora"
@@ -207,6 +223,8 @@ class Assembled(nn.Module):
             if lora.adapted(module):
                 formats.save_peft(folder / self.adapter_folder(name), module, self.base)
             elif name in self.shapes or name in trained:
+                for below in onto.kept(folder):  # it is in these weights now
+                    shutil.rmtree(below / name, ignore_errors=True)
                 files.write_tensors(folder / name / f"{self.parts[name].stem}.safetensors", dict(module.state_dict()))
         files.write_json(folder / "system.json", self.config())
 
@@ -222,6 +240,8 @@ class Assembled(nn.Module):
             there = (folder / name / f"{stem}.safetensors").is_file()
             if there or name in self.shapes and not adapted:
                 weights.load(module, weights.read(folder / name, stem=stem, dtype=dtype))
+                self._folded.discard(name)
+            self.fold_below(folder, name)
             if adapted:
                 formats.load_peft(adapter, module)
 

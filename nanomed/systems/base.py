@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomed.adapters import lora
+from nanomed.adapters import formats, lora
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.systems.arithmetic import held
@@ -205,11 +205,22 @@ class System(Assembled):
     # ------------------------------------------------------------------------------------------------------ training
 
     def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
-        """Put a fresh adapter on every part of a stage; from now on `trainable` means the adapters of these parts."""
-        for part in self.stages[stage]:
+        """Put a fresh adapter on every part of a stage that has none; from now on `trainable` means the adapters of
+        these parts."""
+        for part in self.bare(stage):
             if part not in self.adapters:
                 raise UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
             lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], kind)
+
+    def bare(self, stage: str) -> list[str]:
+        """The parts of a stage that have no adapter."""
+        return [part for part in self.stages[stage] if not lora.adapted(self.get_submodule(part))]
+
+    def start_from(self, stage: str, folder: Path) -> None:
+        """Put the adapters in `folder`/PART on the parts of a stage, to be trained further."""
+        for part in self.stages[stage]:
+            if (folder / part).is_dir():
+                formats.load_peft(folder / part, self.get_submodule(part))
 
     def trainable(self, stage: str) -> dict[str, nn.Parameter]:
         """Freeze everything but the stage's parts, or the adapters on them; return by name what trains."""

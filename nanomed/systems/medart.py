@@ -154,7 +154,7 @@ class MedArt(PixArt):
         return super().example(stage, batch, device) | colours
 
     def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
-        for part in self.stages[stage]:
+        for part in self.bare(stage):
             mine = self.text_adapter or kind if part == "text_encoder" else kind
             lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
