@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 sample.py --prompts test.csv   ranks share the rows
 
 Row i becomes OUT/0000i.png. It depends on (--seed, i) alone, so a run that was stopped goes on where it was, and any
-number of ranks gives the same bytes.
+number of ranks gives the same bytes. Columns seed, guidance, negative, steps, size and file of a CSV, where there are
+any, decide for their row; an empty cell leaves it to the flags.
 """
 
 from dataclasses import dataclass
@@ -32,17 +33,17 @@ def main() -> None:
     if not config.prompts:
         raise UsageError("say which prompts: --prompts FILE.csv (an example is weights/msdm-tiny/test.csv)")
     from nanomed import systems
-    from nanomed.data.prompts import read_prompts
+    from nanomed.data.prompts import read_rows
     from nanomed.run import runs
 
-    prompts = read_prompts(config.prompts)
+    rows = read_rows(config.prompts)
     ranks = Ranks.join()
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=ranks.device, lora=config.lora)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
     if ranks.first:
-        print(f"{len(prompts)} prompts, {len(set(prompts))} of them distinct; model {name}")
-    draw(system, prompts, config, ranks, progress=True)
+        print(f"{len(rows)} prompts, {len({row['prompt'] for row in rows})} of them distinct; model {name}")
+    draw(system, rows, config, ranks, progress=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import nanomed
 system = nanomed.load("weights/msdm-tiny")
-images = system.sample(["Generate an image containing a polyp."], noise)        # (1, 3, H, W) in [0, 1]
+images = system(["Generate an image containing a polyp."], seed=0)                # a list of PIL images
+nanomed.evaluate("real", images, metrics="colour")                                # what results.json holds
 """
 
 from importlib.metadata import PackageNotFoundError
@@ -19,4 +20,8 @@ def __getattr__(name: str):
         from nanomed.systems import load
 
         return load
+    if name == "evaluate":
+        from nanomed.evaluation.notebook import evaluate
+
+        return evaluate
     raise AttributeError(f"module 'nanomed' has no attribute {name!r}")

@@ -1,8 +1,9 @@
 """Prompts to PNGs, each exactly once: what sample.py does, and a training run at its end.
 
-Row i of the prompts becomes OUT/0000i.png and depends on (seed, i) alone. Rows are cut into fixed batches and ranks
-draw whole batches; one of which an image is missing is drawn again as it was. So neither a stop, nor the number of
-ranks, nor what surrounds an image in its batch changes a byte.
+Row i of the prompts becomes OUT/0000i.png and depends on (seed, i) alone; --per_prompt 4 is as if every row stood
+there four times. Rows are cut into fixed batches and ranks draw whole batches; one of which an image is missing is
+drawn again as it was. So neither a stop, nor the number of ranks, nor what surrounds an image in its batch changes a
+byte.
 
 May import `weights` and `run`; the system is handed to it. Must not know training or metrics.
 """
@@ -10,21 +11,21 @@ May import `weights` and `run`; the system is handed to it. Must not know traini
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from nanomed import weights
 from nanomed.run import files
-from nanomed.run.cache import Remembered
 from nanomed.run.flags import UsageError
-from nanomed.run.hardware import autocast
-from nanomed.run.randomness import ImageNoise
+from nanomed.run.pictures import Picture, batches, images, remembering
 from nanomed.run.ranks import ALONE, Ranks
+
+OWN = ("seed", "negative", "steps", "guidance", "size")  # what a row may decide for itself
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Drawing:
     guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
     negative: str = ""  # what to guide away from, in place of the empty prompt
     batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
+    per_prompt: Annotated[int, ">= 1"] = 1  # images for each prompt
     seed: int = 0  # of all the images together
     size: Annotated[int | None, ">= 1"] = None  # side in pixels; empty: the model's own
     minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
@@ -43,44 +45,61 @@ class Drawing:
     zip: bool = False  # also write OUT.zip
 
 
-@torch.inference_mode()
-def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progress: bool = False) -> None:
+def draw(
+    system, prompts: Sequence[str | dict], how: Drawing, ranks: Ranks = ALONE, progress: bool = False
+) -> None:
     """Write OUT/{row}.png for every prompt, and manifest.jsonl when all are there.
+
+    prompts   texts, or rows of a prompts file (`read_rows`), whose entries decide in the place of `how`
 
     Raises UsageError where OUT holds images of another drawing.
     """
     system.eval()
     if how.minmax:
         system.minmax = True
-    out, settings = Path(how.out), _settings(system, prompts, how)
+    pictures, names = ordered(prompts, how)
+    out, settings = Path(how.out), _settings(system, pictures, names, how)
     _claim(out, settings, ranks)
-    names = [f"{row:05d}.png" for row in range(len(prompts))]
-    batches = [range(start, min(start + how.batch, len(prompts))) for start in range(0, len(prompts), how.batch)]
-    todo = [rows for rows in batches if not all(whole(out / names[row]) for row in rows)]
-
-    system.encode_text = Remembered(system.encode_text)  # every distinct prompt once
-    for rows in tqdm(ranks.share(todo), unit="batch", disable=not progress or not ranks.first):
-        padded = [*rows, *[rows[-1]] * (how.batch - len(rows))]  # a short batch is computed at full size
-        noise = ImageNoise(how.seed, padded, ranks.device)
-        texts = [prompts[row] for row in padded]
-        with autocast(how.precision, ranks.device):
-            images = system.sample(
-                texts, noise, how.steps, how.guidance,
-                negative_prompts=[how.negative] * len(texts) if how.negative else None,
-                height=how.size, width=how.size,
-            )  # fmt: skip
-        for row, image in zip(rows, images):
-            if not whole(out / names[row]):
-                files.write_png(out / names[row], files.to_bytes(image))
+    todo = [rows for rows in batches(pictures, how.batch) if not all(whole(out / names[row]) for row in rows)]
+    with remembering(system):
+        for rows in tqdm(ranks.share(todo), unit="batch", disable=not progress or not ranks.first):
+            drawn = images(system, [pictures[row] for row in rows], how.batch, how.precision)
+            for row, image in zip(rows, drawn):
+                if not whole(out / names[row]):
+                    files.write_png(out / names[row], image)
     ranks.barrier()
     if ranks.first:
-        lines = [
-            {"file": name, "prompt": prompt, "row": row, "sha256": files.sha256(out / name)} | settings["drawing"]
-            for row, (name, prompt) in enumerate(zip(names, prompts))
-        ]
+        lines = []
+        for row, (name, picture) in enumerate(zip(names, pictures)):
+            own = {key: value for key, value in asdict(picture).items() if key in OWN and value is not None}
+            line = {"file": name, "prompt": picture.prompt, "row": row, "sha256": files.sha256(out / name)}
+            lines.append(line | settings["drawing"] | own)
         files.write_text(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         if how.zip:
             write_zip(out.with_suffix(".zip"), [out / name for name in names])
+
+
+def ordered(prompts: Sequence[str | dict], how: Drawing) -> tuple[list[Picture], list[str]]:
+    """What is to be drawn, `how.per_prompt` images for each prompt, and the names of the files.
+
+    An image is number 0, 1, ... of the drawing's seed; where its row names a seed, it is number 0, 1, ... of that one,
+    wherever in the file the row stands. Raises UsageError for a name that two images would have.
+    """
+    pictures, names = [], []
+    for prompt in prompts:
+        row = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        for i in range(how.per_prompt):
+            number = len(pictures)
+            seed, place = (row["seed"], i) if "seed" in row else (how.seed, number)
+            own = {key: row.get(key, getattr(how, key)) for key in ("negative", "steps", "guidance", "size")}
+            pictures.append(Picture(row["prompt"], seed, place, **own))
+            name = row.get("file", f"{number:05d}")
+            names.append(f"{name}-{i}.png" if "file" in row and how.per_prompt > 1 else f"{name}.png")
+    taken: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if (first := taken.setdefault(name.lower(), number)) != number:
+            raise UsageError(f"images {first} and {number} would both be {name}: change the column file")
+    return pictures, names
 
 
 def write_zip(path: Path, images: list[Path]) -> None:
@@ -102,8 +121,9 @@ def whole(path: Path) -> bool:
         return False
 
 
-def _settings(system, prompts: list[str], how: Drawing) -> dict:
-    """What decides the pixels: the drawing's settings (they go into the manifest) and the prompts."""
+def _settings(system, pictures: list[Picture], names: list[str], how: Drawing) -> dict:
+    """What decides the pixels: the drawing's settings (they go into the manifest) and the prompts, with what each row
+    says for itself."""
     drawing = {
         "seed": how.seed,
         "steps": how.steps or system.steps,
@@ -114,8 +134,12 @@ def _settings(system, prompts: list[str], how: Drawing) -> dict:
         "precision": how.precision,
         "model": weights.fingerprint(system),
     } | ({"lora": system.loras} if system.loras else {})
-    texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return {"drawing": drawing, "batch": how.batch, "rows": len(prompts), "prompts": texts}
+    texts = "\n".join(picture.prompt for picture in pictures)
+    plain, usual = ordered([picture.prompt for picture in pictures], replace(how, per_prompt=1))
+    if (pictures, names) != (plain, usual):
+        texts = json.dumps([[name, *asdict(picture).values()] for name, picture in zip(names, pictures)])
+    digest = hashlib.sha256(texts.encode()).hexdigest()
+    return {"drawing": drawing, "batch": how.batch, "rows": len(pictures), "prompts": digest}
 
 
 def _claim(out: Path, settings: dict, ranks: Ranks) -> None:

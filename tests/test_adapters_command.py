@@ -94,13 +94,16 @@ def theirs(pixart_folder, tmp_path_factory):
         kohya[f"{place}.{ {'A': 'lora_down', 'B': 'lora_up'}[factor]}.weight"] = tensor
         kohya[f"{place}.alpha"] = torch.tensor(6.0)
     save_file(kohya, out / "anything.safetensors")
+
+    def with_theirs(pipe) -> None:
+        pipe.transformer = wrapped.base_model.model
+
     images = {}
     for weight in (1.0, 0.8):
         for layer in wrapped.modules():
             if isinstance(layer, peft.tuners.lora.LoraLayer):
                 layer.set_scale("default", weight)
-        inner = wrapped.base_model.model
-        images[weight] = diffusers_draws(pixart_folder, lambda pipe: setattr(pipe, "transformer", inner))
+        images[weight] = diffusers_draws(pixart_folder, with_theirs)
     images[0.0] = diffusers_draws(pixart_folder)
     assert min((images[a] - images[b]).abs().max() for a, b in ((1.0, 0.8), (1.0, 0.0), (0.8, 0.0))) > 0.005
     return out, images

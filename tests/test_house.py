@@ -133,7 +133,8 @@ def test_library_code_leaves_gradients_devices_and_printing_to_the_caller():
     """The scripts and what serves them (drawing, the training loop, command lines) may."""
     spoken = re.compile(r"\bno_grad\(|inference_mode\(|\.cuda\(|^\s*print\(", re.MULTILINE)
     allowed = {"training/judge.py", "training/caches.py", "training/plan.py", "drawing.py", "evaluation/final.py",
-               "run/flags.py", "run/runs.py", "systems/msdm.py", "__main__.py"}  # fmt: skip
+               "evaluation/notebook.py", "run/flags.py", "run/pictures.py", "run/runs.py", "systems/msdm.py",
+               "__main__.py"}  # fmt: skip
     for path in (ROOT / "nanomed").rglob("*.py"):
         name = path.relative_to(ROOT / "nanomed").as_posix()
         if name.split("/")[-1] not in allowed and name not in allowed:

@@ -19,6 +19,8 @@ from PIL import Image
 import nanomed
 from nanomed import drawing, systems
 from nanomed.data import grammar
+from nanomed.data.prompts import read_rows
+from nanomed.data.table import DataError
 from nanomed.run import files
 from nanomed.run.flags import UsageError
 from nanomed.run.randomness import ImageNoise
@@ -236,3 +238,84 @@ def test_mistakes_are_one_line_and_an_exit_code(model, prompt_file, tmp_path, fl
     assert done.returncode == code and message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not images(tmp_path / "o")
+
+
+# -------------------------------------------------------------------------------------- rows that decide for themselves
+
+
+def drawn_from(model: Path, tmp_path: Path, text: str, out: str = "o", **settings) -> dict[str, bytes]:
+    (tmp_path / "p.csv").write_text(text)
+    how = drawing.Drawing(out=str(tmp_path / out), **({"batch": 2, "steps": 2} | settings))
+    drawing.draw(nanomed.load(model), read_rows(tmp_path / "p.csv"), how)
+    return images(tmp_path / out)
+
+
+def test_per_prompt_is_every_row_so_many_times(model, draw, tmp_path):
+    texts = PROMPTS[:3]
+    twice = draw(tmp_path / "a", prompts=[text for text in texts for _ in range(2)])
+    assert draw(tmp_path / "b", prompts=texts, per_prompt=2) == twice and len(set(twice.values())) == 6
+    lines = [json.loads(line) for line in (tmp_path / "b" / "manifest.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [text for text in texts for _ in range(2)]
+    with pytest.raises(UsageError, match="other settings"):
+        draw(tmp_path / "b", prompts=texts, per_prompt=3)
+
+
+def test_columns_decide_row_by_row(model, tmp_path):
+    """Each row gives what the flags would give for it alone; empty cells leave it to the flags."""
+    rows = [("", "", "", "", "", ""), ("5", "2.5", "", "3", "", "named"), ("", "", "text", "", "64", ""),
+            ("5", "", "", "", "", "again.png"), ("", "2.5", "", "3", "", "")]  # fmt: skip
+    text = "prompt,seed,guidance,negative,steps,size,file\n" + "".join(f"{PROMPTS[0]},{','.join(r)}\n" for r in rows)
+    found = drawn_from(model, tmp_path, text)
+    assert sorted(found) == ["00000.png", "00002.png", "00004.png", "again.png", "named.png"]
+
+    def alone(row: int, **flags) -> bytes:  # the row at its place in a file without columns
+        out = f"alone{row}"
+        how = drawing.Drawing(out=str(tmp_path / out), **({"batch": 2, "steps": 2} | flags))
+        drawing.draw(nanomed.load(model), [PROMPTS[0]] * (row + 1), how)
+        return images(tmp_path / out)[f"{row:05d}.png"]
+
+    pixels = {name: np.asarray(Image.open(tmp_path / "o" / name)).astype(int) for name in found}
+    expected = {
+        "00000.png": alone(0), "named.png": None, "00002.png": alone(2, negative="text", size=64),
+        "00004.png": alone(4, guidance=2.5, steps=3),
+    }  # fmt: skip
+    drawing.draw(nanomed.load(model), [PROMPTS[0]],
+                 drawing.Drawing(out=str(tmp_path / "n"), batch=2, steps=3, seed=5, guidance=2.5))  # fmt: skip
+    expected["named.png"] = images(tmp_path / "n")["00000.png"]  # a named seed: its first image, wherever the row is
+    for name, data in expected.items():
+        (tmp_path / "x.png").write_bytes(data)
+        assert np.abs(np.asarray(Image.open(tmp_path / "x.png")).astype(int) - pixels[name]).max() <= 1, name
+    assert pixels["00002.png"].shape == (64, 64, 3)
+    lines = {line["file"]: line for line in
+             map(json.loads, (tmp_path / "o" / "manifest.jsonl").read_text().splitlines())}  # fmt: skip
+    assert (lines["named.png"]["seed"], lines["named.png"]["guidance"], lines["named.png"]["steps"]) == (5, 2.5, 3)
+    assert lines["00002.png"]["size"] == 64 and lines["00002.png"]["negative"] == "text"
+    assert lines["00000.png"]["size"] == 32 and lines["00000.png"]["seed"] == 0
+    with pytest.raises(UsageError, match="other settings"):
+        drawn_from(model, tmp_path, text.replace("2.5", "3.5"))
+
+
+def test_a_named_seed_gives_the_same_image_wherever_its_row_is(model, tmp_path):
+    first = drawn_from(model, tmp_path, f"prompt,seed,file\n{PROMPTS[0]},9,a\n{PROMPTS[1]},,b\n", "1", batch=1)
+    second = drawn_from(model, tmp_path, f"prompt,file,seed\n{PROMPTS[1]},b,\n{PROMPTS[0]},a,9\n", "2", batch=1)
+    assert first["a.png"] == second["a.png"] and first["b.png"] != second["b.png"]
+    four = drawn_from(model, tmp_path, f"prompt,seed,file\n{PROMPTS[0]},9,a\n", "3", batch=1, per_prompt=3)
+    assert sorted(four) == ["a-0.png", "a-1.png", "a-2.png"] and len(set(four.values())) == 3
+    assert four["a-0.png"] == first["a.png"]
+
+
+@pytest.mark.parametrize("column, cell", [
+    ("seed", "1.5"), ("seed", "x"), ("steps", "0"), ("steps", "-1"), ("size", "0"), ("guidance", "nan"),
+    ("guidance", "much"), ("file", "../a"), ("file", "a/b"), ("file", "CON"), ("file", ".hidden"), ("file", "a:b"),
+    ("seed", "\u0663"), ("file", "x" * 300),
+])  # fmt: skip
+def test_cells_out_of_range_are_named_with_their_row(model, tmp_path, column, cell):
+    with pytest.raises(DataError, match=rf"p\.csv:3: {column} is"):
+        drawn_from(model, tmp_path, f"prompt,{column}\na,\nb,{cell}\n")
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_images_of_one_name_are_refused(model, tmp_path):
+    with pytest.raises(UsageError, match="would both be"):
+        drawn_from(model, tmp_path, "prompt,file\na,x\nb,X.png\n")
+    assert not (tmp_path / "o").exists()

@@ -1,23 +1,32 @@
 """A file of prompts: what `sample.py --prompts` reads."""
 
+import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from nanomed.data.table import DataError, column, read_csv, read_text
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, in order; repetitions stay.
+    """The prompts of a file, in order; repetitions stay. As `read_rows`, without what rows say besides."""
+    return [row["prompt"] for row in read_rows(path, columns={})]
+
+
+def read_rows(path: str | Path, columns: Mapping[str, Callable[[str], Any]] | None = None) -> list[dict[str, Any]]:
+    """The rows of a file of prompts: {"prompt": text} and, where a `.csv` or `.tsv` file has such columns and the cell
+    is not empty, seed, guidance, negative, steps, size and file, which decide for their row.
 
     A `.csv` or `.tsv` file needs a column `prompt`, `Prompt` or `text` (or one column alone); other columns are
-    ignored, and an empty prompt means: no condition. Any other file is one prompt a line.
+    ignored, and an empty prompt means: no condition. Any other file is one prompt a line. Raises DataError.
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".tsv"):
         lines = re.split(r"\r\n|\r|\n", read_text(path))
         while lines and not lines[-1].strip():
             lines.pop()
-        prompts = [line.strip() for line in lines]
+        rows = [{"prompt": line.strip()} for line in lines]
     else:
         records = read_csv(path)
         if not records:
@@ -26,10 +35,58 @@ def read_prompts(path: str | Path) -> list[str]:
         if name is None:
             names = ", ".join(records[0][1])
             raise DataError(f"{path}:1: no column prompt, Prompt or text in the header, which is: {names}")
-        prompts = [record[name].strip() for _, record in records]
-    if not prompts:
+        known = COLUMNS if columns is None else columns
+        there = {key: found for key in known if (found := column(records[0][1], (key,))) and found != name}
+        rows = []
+        for number, record in records:
+            row = {"prompt": record[name].strip()}
+            for key, header in there.items():
+                if cell := record[header].strip():
+                    try:
+                        row[key] = known[key](cell)
+                    except ValueError as error:
+                        raise DataError(f"{path}:{number}: {header} is {cell!r}: {error}") from None
+            rows.append(row)
+    if not rows:
         raise DataError(f"{path}: no prompts")
-    return prompts
+    return rows
+
+
+def _whole(least: int | None = None) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            raise ValueError("not a whole number")
+        if least is not None and int(text) < least:
+            raise ValueError(f"out of range, which is >= {least}")
+        return int(text)
+
+    return read
+
+
+def _real(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("not a number") from None
+    if not math.isfinite(value):
+        raise ValueError("not a number")
+    return value
+
+
+def _file(text: str) -> str:
+    """A name for an image that every system can have in a folder, without .png."""
+    name = re.sub(r"\.png$", "", text, flags=re.IGNORECASE)
+    if not name or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', name) or name[0] in ". " or name[-1] in ". ":
+        raise ValueError("not a name for a file in the folder of the images")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE) or len(name.encode()) > 200:
+        raise ValueError("not a name that a file can have everywhere")
+    return name
+
+
+# What a row may decide for itself, and how its cell is read.
+COLUMNS: dict[str, Callable[[str], Any]] = {
+    "seed": _whole(), "guidance": _real, "negative": str, "steps": _whole(1), "size": _whole(1), "file": _file,
+}  # fmt: skip
 
 
 def _only(record: dict[str, str]) -> str | None:

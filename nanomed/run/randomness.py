@@ -23,15 +23,17 @@ def seed_all(*key: int | str) -> None:
 
 
 class ImageNoise:
-    """Noise that belongs to images: one generator for each, keyed by (seed, row), on the CPU.
+    """Noise that belongs to images: one generator for each, keyed by (seed, row), on the CPU; `seed` is one for all, or
+    one for each.
 
     An image's first draw and every later one come from its own generator, so neither the batch it is drawn in nor
     the ranks or a restart change it.
     """
 
-    def __init__(self, seed: int, rows: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, seed: int | Sequence[int], rows: Sequence[int], device: torch.device | str = "cpu"):
         self.device = device
-        self.generators = [torch.Generator().manual_seed(seed_of("image", seed, row)) for row in rows]
+        seeds = [seed] * len(rows) if isinstance(seed, int) else seed
+        self.generators = [torch.Generator().manual_seed(seed_of("image", s, row)) for s, row in zip(seeds, rows)]
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normals (B, *shape) in float32."""

@@ -10,11 +10,14 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nanomed.adapters import formats, lora
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
+from nanomed.run.pictures import Picture, batches, images, remembering
 from nanomed.systems.arithmetic import held
 from nanomed.systems.assembly import Assembled
 
@@ -79,6 +82,41 @@ class System(Assembled):
     def sample(self, prompts: list[str], noise, steps: int | None = None, guidance: float | None = None, **options):
         """Images (B, 3, H, W) in [0, 1]; every random number comes from `noise`, in drawing order."""
         raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------- in a notebook
+
+    def __call__(self, given: dict | list[str] | str, /, *args, **options):
+        """`system(prompts, seed=0, ...)` are images, as `pictures` says; `system(batch, stage, step)` is the loss.
+
+        PyTorch calls a module to train it, DDP around it too, and people who know diffusers call what they have loaded
+        to draw. A batch is a dict and prompts are none, so both get what they mean.
+        """
+        if isinstance(given, dict):
+            return super().__call__(given, *args, **options)
+        return self.pictures(given, *args, **options)
+
+    def pictures(
+        self,
+        prompts: list[str] | str,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative: str = "",
+        size: int | None = None,
+        batch: int = 16,
+    ) -> list[Image.Image]:
+        """Draw one PIL image for each prompt: the pixels of sample.py with the same seed, settings and batch. No
+        gradients, and a bar. `sample` is for those who bring their own noise, or want tensors."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        wanted = [Picture(prompt, seed, i, negative, steps, guidance, size) for i, prompt in enumerate(prompts)]
+        self.eval().to(memory_format=torch.channels_last)
+        drawn: dict[int, Image.Image] = {}
+        with remembering(self), tqdm(total=len(wanted), unit="image") as bar:
+            for rows in batches(wanted, batch):
+                for row, image in zip(rows, images(self, [wanted[row] for row in rows], batch)):
+                    drawn[row] = Image.fromarray(image.numpy())
+                bar.update(len(rows))
+        return [drawn[row] for row in range(len(wanted))]
 
     # ------------------------------------------------------------------------------------- latents, text and the loss
 
