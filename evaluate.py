@@ -48,11 +48,15 @@ def main() -> None:
     if config.stand_in:
         from nanomed.evaluation import toyworld
 
+        files.expect_own(config.stand_in)
         print(f"right on held-out scenes: {toyworld.train_stand_in(config.stand_in):.4f}")
+        files.mark_own(config.stand_in)
         return
     if config.compare:
         return compare(config)
     asked = chosen(config)
+    if config.fake:
+        files.expect_own(*(Path(config.out) / name for name in ("results.json", "report.html", "nearest.jsonl")))
     ranks = Ranks.join()
     sets = find_sets(config)
     if sets is None:  # the prompts of a paper's set-up were asked for, and are written
@@ -175,7 +179,9 @@ def named(spec: str) -> dict[str, list[str]]:
 def write_prompts(setup, config: Config) -> None:
     """Write the prompts of a paper's set-up and say what to do with them."""
     path, fake = Path(config.out) / "prompts.csv", Path(config.out) / "fake"
+    files.expect_own(path)
     setup.write(path)
+    files.mark_own(path)
     print(f"{setup.note}\n{path}: the prompts. Draw them, then measure what was drawn:")
     print(f"python sample.py --prompts {path} --out {fake}{setup.drawing}")
     print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} --fake {fake} "
@@ -204,7 +210,9 @@ def compare(config: Config) -> None:
     for caveat in table.caveats(lines):
         print(f"! {caveat}")
     path = Path(config.out) / "compare.html"
+    files.expect_own(path)
     files.write_text(path, reports.comparison(runs, lines))
+    files.mark_own(path)
     print(path)
 
 

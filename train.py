@@ -40,7 +40,7 @@ class Config:
     augment: bool = True  # random square crops and colour jitter, as the paper; else centre crops
     views: Annotated[int, ">= 0"] = 8  # random crops of an image whose latents are cached; 0: a new one every time
     captions: str = ""  # in place of the data's own: empty, "An endoscopic image of {category}", or a CSV file
-    paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase FILE makes one)
+    paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase makes one)
     strategy: Annotated[str, "add | some | all"] = "add"  # paraphrases as pairs of their own, half the time, or always
     dropout: Annotated[float | None, "0 .. 1"] = None  # share of prompts replaced by ""; empty: the model's own
     # ---- optimisation

@@ -59,6 +59,8 @@ def draw(
         system.minmax = True
     pictures, names = ordered(prompts, how)
     out, settings = Path(how.out), _settings(system, pictures, names, how)
+    if how.zip and ranks.first:
+        files.expect_own(out.with_suffix(".zip"))
     _claim(out, settings, ranks)
     todo = [rows for rows in batches(pictures, how.batch) if not all(whole(out / names[row]) for row in rows)]
     with remembering(system):
@@ -77,6 +79,7 @@ def draw(
         files.write_text(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         if how.zip:
             write_zip(out.with_suffix(".zip"), [out / name for name in names])
+            files.mark_own(out.with_suffix(".zip"))
 
 
 def ordered(prompts: Sequence[str | dict], how: Drawing) -> tuple[list[Picture], list[str]]:
@@ -142,12 +145,21 @@ def _settings(system, pictures: list[Picture], names: list[str], how: Drawing) -
     return {"drawing": drawing, "batch": how.batch, "rows": len(pictures), "prompts": digest}
 
 
+def _read(mark: Path) -> dict:
+    """The settings.json of a drawing."""
+    try:
+        before = json.loads(mark.read_text(encoding="utf-8"))
+        return before | {"drawing": dict(before["drawing"])}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{mark} is not of sample.py; choose another --out") from None
+
+
 def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
     """Make OUT this drawing's, or check that it is."""
     mark = out / "settings.json"
     if ranks.first:
         if mark.is_file():
-            before = json.loads(mark.read_text(encoding="utf-8"))
+            before = _read(mark)
             if before != settings:
                 keys = dict.fromkeys([*settings["drawing"], *before["drawing"]])
                 different = [key for key in keys if before["drawing"].get(key) != settings["drawing"].get(key)]
@@ -156,7 +168,7 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "
                     f"choose another --out or remove it"
                 )
-        elif out.is_dir() and any(out.glob("*.png")):
+        elif out.is_dir() and (any(out.glob("*.png")) or (out / "manifest.jsonl").exists()):
             raise UsageError(f"{out} holds images that sample.py did not draw; choose another --out")
         files.write_json(mark, settings)
         files.sweep(out)

@@ -752,3 +752,33 @@ def test_damaged_statistics_are_refused_by_name(run, folders, tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(DataError, match="not a file of statistics"):
         run("--real", tmp_path / "text.npz", "--fake", folders / "fake", "--metrics", "fid")
+
+
+def test_nothing_is_written_over_what_evaluate_did_not_write(folders, tmp_path, monkeypatch):
+    """Its own files it writes again; another's, or its own that somebody has changed, it refuses before it measures."""
+    import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate.py", "--real", str(folders / "real"), "--fake", str(folders / "fake"), "--metrics", "colour",
+             "--out", "out", "--intervals", "no"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    evaluate.main()
+    evaluate.main()
+    for name in ("results.json", "report.html", "nearest.jsonl"):
+        before = (tmp_path / "out" / name).read_bytes() if (tmp_path / "out" / name).exists() else None
+        (tmp_path / "out" / name).write_text("{}")
+        with pytest.raises(UsageError, match=f"{name} is there already"):
+            evaluate.main()
+        assert (tmp_path / "out" / name).read_text() == "{}"
+        (tmp_path / "out" / name).unlink()
+        if before is not None:
+            (tmp_path / "out" / name).write_bytes(before)
+    for name in ("compare.html", "x.safetensors"):
+        (tmp_path / "out" / name).write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--compare", "a=out,b=out", "--out", "out"])
+    with pytest.raises(UsageError, match="compare.html is there already"):
+        evaluate.main()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--stand_in", "out/x.safetensors"])
+    with pytest.raises(UsageError, match="x.safetensors is there already"):
+        evaluate.main()
+    assert {(tmp_path / "out" / name).read_text() for name in ("compare.html", "x.safetensors")} == {"mine"}

@@ -48,6 +48,12 @@ def test_there_are_483_prompts_in_the_real_proportions():
         ),
         ("Generate a polyp of type paris is.", {"paris": ("is",)}),
         ("Generate an image with Pink findings.", {"colors": ("pink",)}),
+        ("Generate an image with an abnormality with the color black.", {"colors": ("black",)}),
+        (
+            "Generate an image with an abnormality with the colors pale pink, pink/red and white.",
+            {"colors": ("pale pink", "pink/red", "white")},
+        ),
+        ("Generate an image with an abnormality with the color(s) red and pink.", {"colors": ("red", "pink")}),
     ],
 )
 def test_known_prompts_are_read(prompt, said):

@@ -125,6 +125,20 @@ def test_other_settings_are_not_mixed_into_a_folder(draw, tmp_path):
         draw(tmp_path / "x", prompts=PROMPTS[:2])
 
 
+def test_files_of_others_are_left_alone(draw, tmp_path):
+    """A zip, a manifest and a settings.json that sample.py did not write stay as they are."""
+    (tmp_path / "a.zip").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="a.zip is there already"):
+        draw(tmp_path / "a", prompts=PROMPTS[:1], zip=True)
+    assert (tmp_path / "a.zip").read_bytes() == b"mine" and not (tmp_path / "a").exists()
+    for name in ("manifest.jsonl", "settings.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+        with pytest.raises(UsageError, match="choose another --out"):
+            draw(tmp_path / name, prompts=PROMPTS[:1])
+        assert (tmp_path / name / name).read_text() == "{}"
+
+
 def test_the_zip_is_the_same_bytes_every_time(draw, tmp_path):
     for name in ("a", "b"):
         draw(tmp_path / name, prompts=PROMPTS[:3], zip=True)

@@ -1,24 +1,31 @@
 """The same prompt in other words: an offline stand-in for the GPT paraphrases of the MMCP paper (section 3).
 
-    python -m nanomed.captions.paraphrase paraphrases.csv
+    python -m nanomed.captions.paraphrase clef:DIR --out paraphrases.csv
+    python -m nanomed.captions.paraphrase prompt-gt.csv --out paraphrases.csv
+    python train.py --model msdm --data clef:DIR --paraphrases paraphrases.csv
 
 A paraphrase is an opening ("Create a medical image") and a statement ("with two visible polyps"). Both are tables of
 patterns with slots, and `parse` reads a text back with the same tables, so that no wording can change what is said:
 every text that this file makes means exactly what its prompt means.
 """
 
+import argparse
 import csv
 import io
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from nanomed import data
 from nanomed.data import grammar
-from nanomed.data.grammar import CELLS, COLORS, PARIS, join
+from nanomed.data.grammar import CELLS, PARIS, join
+from nanomed.data.prompts import read_prompts
+from nanomed.data.table import DataError
 from nanomed.run import files
+from nanomed.run.flags import UsageError
 
 VERBS = ("Create", "Produce", "Draw", "Render", "Synthesize", "Make", "Show", "Give me", "Depict", "Prepare")
 NOUNS = ("an endoscopic image", "a medical image", "an endoscopy frame", "a picture from an endoscope")
@@ -163,7 +170,6 @@ def _readers() -> list[tuple[re.Pattern, str, object]]:
         return rf"((?:{word})(?:(?:, | and )(?:{word}))*)"
 
     cells = {cell.replace("-", " "): cell for cell in CELLS}
-    hues = {name: name for name in COLORS}
     extents = {words: size for size, words in EXTENTS.items()}
     kinds = {kind.capitalize(): kind for kind in PARIS}
     keys = {"abnormality": "abnormality_at", "instrument": "instrument_at", "anatomical landmark": "landmark_at"}
@@ -173,7 +179,7 @@ def _readers() -> list[tuple[re.Pattern, str, object]]:
             readers.append(
                 (_pattern(template.replace("{}", thing, 1), _pattern(area, listed(cells))), keys[what], cells)
             )
-    readers += [(_pattern(template, listed(hues)), "colors", hues) for template in COLORED]
+    readers += [(_pattern(template, "(.+)"), "colors", {}) for template in COLORED]  # in anybody's words
     growths = r"(?:a polyp|a polypoid growth|polyps|polypoid growths)"
     readers += [(_pattern(template, growths, listed(extents)), "sizes", extents) for template in SIZED]
     readers += [(_pattern(template, growths, listed(kinds)), "paris", kinds) for template in TYPED]
@@ -189,23 +195,65 @@ def parse(text: str) -> dict[str, object]:
                 return _statements()[statement]
             for pattern, key, words in _readers():
                 if match := pattern.fullmatch(statement):
-                    items = [words[word] for word in re.split(r", | and ", match.group(1))]
+                    items = [words.get(word, word) for word in re.split(r", | and ", match.group(1))]
                     return {key: frozenset(items) if key.endswith("_at") else tuple(items)}
     raise ValueError(f"not a paraphrase that this file makes: {text!r}")
 
 
-def write_csv(path: str | Path, prompts: list[str], n: int = 40) -> int:
-    """Write `Prompt,Paraphrase` lines, up to `n` for each distinct prompt; returns how many."""
-    out = io.StringIO(newline="")
+def write_csv(path: str | Path, prompts: Iterable[str], n: int = 40) -> tuple[int, list[str]]:
+    """Write `Prompt,Paraphrase` lines, up to `n` for each distinct prompt. Returns how many, and the prompts that no
+    rule covers: they stand in the file as they are, and train under their own words."""
+    out, count, uncovered = io.StringIO(newline=""), 0, []
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["Prompt", "Paraphrase"])
-    rows = [(prompt, text) for prompt in dict.fromkeys(prompts) for text in paraphrases(prompt, n)]
-    writer.writerows(rows)
+    for prompt in dict.fromkeys(prompts):
+        try:
+            texts = paraphrases(prompt, n)
+        except ValueError:
+            uncovered.append(prompt)
+            writer.writerow([prompt, prompt])
+            continue
+        writer.writerows((prompt, text) for text in texts)
+        count += len(texts)
     files.write_text(path, out.getvalue())
-    return len(rows)
+    return count, uncovered
+
+
+def read_source(source: str) -> list[str]:
+    """The prompts of a data set as train.py names it, or of a file of prompts. Raises DataError."""
+    kind, colon, where = source.partition(":")
+    if not Path(source).exists() and (colon or kind == "toy"):
+        return [prompt for row in data.load(source).rows for prompt in row.prompts]
+    if Path(source).is_dir():
+        raise DataError(f"{source} is a folder: say which kind of data set, such as clef:{source}")
+    return read_prompts(source)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m nanomed.captions.paraphrase", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("source", help="a file of prompts, or a data set such as clef:DIR")
+    parser.add_argument("--out", required=True, help="the CSV file to write, for train.py --paraphrases")
+    parser.add_argument("--n", type=int, default=40, help="paraphrases of a prompt, at least 1 (default: 40)")
+    words = parser.parse_args(arguments)
+    try:
+        if words.n < 1:
+            raise UsageError(f"--n {words.n}: out of range, which is >= 1")
+        files.expect_own(words.out)
+        prompts = [prompt for prompt in dict.fromkeys(read_source(words.source)) if prompt]
+        if not prompts:
+            raise DataError(f"{words.source}: no prompts")
+        count, uncovered = write_csv(words.out, prompts, words.n)
+        files.mark_own(words.out)
+    except (UsageError, DataError, OSError) as error:
+        sys.stderr.write(f"python -m nanomed.captions.paraphrase: {error}\n")
+        return 3 if isinstance(error, DataError) else 2
+    sys.stdout.write(f"{words.out}: {count:,} paraphrases of {len(prompts) - len(uncovered):,} prompts\n")
+    if uncovered:
+        sys.stdout.write(f"{len(uncovered):,} that no rule covers train under their own words:\n")
+        sys.stdout.writelines(f"    {prompt!r}\n" for prompt in uncovered)
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m nanomed.captions.paraphrase FILE.csv")
-    write_csv(sys.argv[1], grammar.all_prompts())
+    sys.exit(main(sys.argv[1:]))

@@ -54,6 +54,8 @@ def count(what: str, number: int) -> str:
 
 
 def colors(names: Iterable[str]) -> str:
+    """As the toy world says it, which the shipped checkpoint has learned. The organisers write "the color black." and
+    "the colors black, grey and white."; `parse` reads all three."""
     return f"Generate an image with an abnormality with the color(s) {join(names)}."
 
 
@@ -93,7 +95,7 @@ _PATTERNS = {
         "containing": r"Generate an image containing (.+)\.",
         "not_containing": rf"Generate an image not containing (text|{re.escape(BOX)})\.",
         "count": r"Generate an image with (no|\d+) (finding|instrument|polyp)s?\.",
-        "colors": r"Generate an image with an abnormality with the color\(s\) (.+)\.",
+        "colors": r"Generate an image with an abnormality with the (?:color\(s\)|colors?) (.+)\.",
         "sizes": r"Generate an image with (?:a polyp|polyps) of size (.+)\.",
         "paris": r"Generate (?:a polyp|polyps) of type (.+)\.",
         "procedure": r"Generate an image from a (colonoscopy|gastroscopy) procedure\.",
@@ -105,6 +107,14 @@ _PATTERNS = {
 def _items(text: str, allowed: Iterable[str], prompt: str) -> tuple[str, ...]:
     items = tuple(re.split(r", | and ", text))
     if not set(items) <= set(allowed):
+        raise ValueError(f"not a prompt of the MEDVQA-GI grammar: {prompt!r}")
+    return items
+
+
+def _free(text: str, prompt: str) -> tuple[str, ...]:
+    """Colours are the annotators' own words: pink, pale pink, pink/red."""
+    items = tuple(re.split(r", | and ", text))
+    if not all(item == item.strip() and item for item in items):
         raise ValueError(f"not a prompt of the MEDVQA-GI grammar: {prompt!r}")
     return items
 
@@ -154,7 +164,7 @@ _READ = {
     "containing": _contains,
     "not_containing": lambda prompt, thing: {"text" if thing == "text" else "box": False},
     "count": _counts,
-    "colors": lambda prompt, text: {"colors": _items(text, COLORS, prompt)},
+    "colors": lambda prompt, text: {"colors": _free(text, prompt)},
     "sizes": lambda prompt, text: {"sizes": _items(text, SIZES, prompt)},
     "paris": lambda prompt, text: {"paris": _items(text.replace("paris ", ""), PARIS, prompt)},
     "procedure": lambda prompt, name: {"procedure": name},

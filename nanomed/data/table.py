@@ -73,7 +73,8 @@ def with_paraphrases(table: Table, path: str | Path, strategy: str) -> Table:
     "some"  strategy 2: the other words take the prompt's place with some probability, drawn by the data loader
     "all"   strategy 3: always
 
-    A prompt with several paraphrases gives different images different ones.
+    A prompt with several paraphrases gives different images different ones. One whose paraphrase is itself, as the
+    file says where no rule covers it, keeps its own words, and stands there once.
     """
     if strategy not in ("add", "some", "all"):
         raise DataError(f"paraphrase strategy {strategy!r}: choose add, some or all")
@@ -97,7 +98,8 @@ def with_paraphrases(table: Table, path: str | Path, strategy: str) -> Table:
     for row in table.rows:
         others = tuple(other(prompt, row.file) for prompt in row.prompts)
         if strategy == "add":
-            rows.append(replace(row, prompts=row.prompts + others))
+            added = tuple(text for text, prompt in zip(others, row.prompts) if text != prompt or not prompt)
+            rows.append(replace(row, prompts=row.prompts + added))
         else:
             rows.append(replace(row, paraphrases=others))
     return Table(table.name, tuple(rows))

@@ -173,13 +173,15 @@ def lacking(outcome: Outcome) -> list[str]:
 def publish(outcome: Outcome, out: str | Path) -> str:
     """Write results.json, report.html and, where training images were looked for, nearest.jsonl; return what belongs
     on the terminal."""
-    out = Path(out)
+    out, written = Path(out), ["results.json", "report.html"]
     files.write_json(out / "results.json", outcome.results)
     files.write_text(out / "report.html", page(outcome))
     if outcome.nearest:
+        written.append("nearest.jsonl")
         files.write_text(out / "nearest.jsonl", "".join(json.dumps(pair) + "\n" for pair in nearest(outcome)))
     else:
         (out / "nearest.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
+    files.mark_own(*(out / name for name in written))
     lines = [papers_tables(outcome), "", table.full(outcome.results), ""]
     lines += [f"memorisation: {outcome.nearest.verdict}"] if outcome.nearest else []
     lines += [f"note: {note}" for note in outcome.notes]

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nanomed.run.flags import UsageError
+
 _TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .name.<pid>.tmp
 
 
@@ -72,6 +74,31 @@ def write_png(path: str | Path, image: torch.Tensor) -> None:
 
     with atomic(path) as temporary:
         Image.fromarray(image.numpy()).save(temporary, format="PNG")
+
+
+MARK = ".nanomed.json"  # beside what nanomed made where a user says: {name: SHA-256}
+
+
+def expect_own(*paths: str | Path) -> None:
+    """Refuse to write over what is not, to the byte, what `mark_own` has seen: nothing is written over that somebody
+    else made, or has changed since. Raises UsageError."""
+    for path in map(Path, paths):
+        if path.is_dir() or path.is_file() and _marks(path.parent).get(path.name) != sha256(path):
+            raise UsageError(f"{path} is there already, and not as nanomed made it: choose another --out or remove it")
+
+
+def mark_own(*paths: str | Path) -> None:
+    """Write down that these files are nanomed's, so that it may write over them."""
+    for path in map(Path, paths):
+        write_json(path.parent / MARK, _marks(path.parent) | {path.name: sha256(path)})
+
+
+def _marks(folder: Path) -> dict[str, str]:
+    try:
+        marks = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return marks if isinstance(marks, dict) else {}
 
 
 def sha256(path: str | Path) -> str:
