@@ -42,6 +42,8 @@ class Config:
     captions: str = ""  # in place of the data's own: empty, "An endoscopic image of {category}", or a CSV file
     paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase makes one)
     strategy: Annotated[str, "add | some | all"] = "add"  # paraphrases as pairs of their own, half the time, or always
+    long_prompts: Annotated[str, "cut | refuse | chunk"] = "cut"  # where a text has more tokens than are read of one;
+    # chunk: read in pieces of 75, whose states are joined (systems that read CLIP alone)
     dropout: Annotated[float | None, "0 .. 1"] = None  # share of prompts replaced by ""; empty: the model's own
     # ---- optimisation
     steps: Annotated[int, ">= 1"] = 100_000  # optimizer steps of a stage
@@ -95,9 +97,14 @@ def main() -> int:
 
     stop = signals.StopSignal()
     split = read_data(config, system)
+    rows = reversed(split[0].rows + split[1].rows)  # so that the first image of a text is the one that is named
+    told = {text: str(row.file) for row in rows for text in row.prompts + row.paraphrases}
+    long, pieces = system.judge_lengths(told, config.long_prompts, config.data)
+    system.pieces = max([1, *pieces.values()])  # of all texts alike, for they share batches
     run = open_run(config, system, ranks)
     images = f"{len(split[0].rows)} images ({len(split[1].rows)} held out)"
     run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}")
+    run.say("\n".join(long))
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
     for part in system.parts:
@@ -285,7 +292,8 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     system = systems.load(run.folder, config.weights or None, device=run.ranks.device)
     system.to(memory_format=torch.channels_last)
     out = run.folder / "test"
-    draw(system, read_prompts(config.test_prompts), Drawing(str(out), seed=config.seed), run.ranks, progress=True)
+    how = Drawing(str(out), seed=config.seed, long_prompts=config.long_prompts)
+    draw(system, read_prompts(config.test_prompts), how, run.ranks, progress=True)
     if not run.ranks.first:
         return {}
     settings = measuring.Settings(weights=config.weights, cache=config.cache)

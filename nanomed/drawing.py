@@ -35,6 +35,8 @@ class Drawing:
     out: str = "samples"  # folder for the images and manifest.jsonl
     steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
     guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
+    long_prompts: Annotated[str, "cut | refuse | chunk"] = "cut"  # where a text has more tokens than are read of one;
+    # chunk: read in pieces of 75, whose states are joined (systems that read CLIP alone)
     negative: str = ""  # what to guide away from, in place of the empty prompt
     batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
     per_prompt: Annotated[int, ">= 1"] = 1  # images for each prompt
@@ -58,6 +60,15 @@ def draw(
     if how.minmax:
         system.minmax = True
     pictures, names = ordered(prompts, how)
+    told: dict[str, str] = {}
+    for row, prompt in enumerate(prompts):
+        told.setdefault(prompt if isinstance(prompt, str) else prompt["prompt"], f"row {row}")
+    for picture in pictures:
+        told.setdefault(picture.negative, "negative")
+    said, pieces = system.judge_lengths(told, how.long_prompts, getattr(how, "prompts", "") or "prompts")
+    if ranks.first:
+        print("\n".join(said), end="\n" if said else "")
+    pictures = [replace(p, pieces=max(pieces.get(p.prompt, 1), pieces.get(p.negative, 1))) for p in pictures]
     out, settings = Path(how.out), _settings(system, pictures, names, how)
     if how.zip and ranks.first:
         files.expect_own(out.with_suffix(".zip"))
@@ -137,6 +148,8 @@ def _settings(system, pictures: list[Picture], names: list[str], how: Drawing) -
         "precision": how.precision,
         "model": weights.fingerprint(system),
     } | ({"lora": system.loras} if system.loras else {})
+    if any(picture.pieces > 1 for picture in pictures):
+        drawing["long_prompts"] = how.long_prompts
     texts = "\n".join(picture.prompt for picture in pictures)
     plain, usual = ordered([picture.prompt for picture in pictures], replace(how, per_prompt=1))
     if (pictures, names) != (plain, usual):

@@ -31,13 +31,14 @@ class Picture:
     steps: int | None = None
     guidance: float | None = None
     size: int | None = None
+    pieces: int = 1  # in which its texts are read
 
 
 def batches(pictures: Sequence[Picture], batch: int) -> list[list[int]]:
     """Rows that are drawn together, at most `batch` of them, in the order of the first of each."""
     alike: dict[tuple, list[int]] = {}
     for row, p in enumerate(pictures):
-        alike.setdefault((p.steps, p.guidance, p.size, bool(p.negative)), []).append(row)
+        alike.setdefault((p.steps, p.guidance, p.size, bool(p.negative), p.pieces), []).append(row)
     cut = [rows[start : start + batch] for rows in alike.values() for start in range(0, len(rows), batch)]
     return sorted(cut)
 
@@ -48,6 +49,7 @@ def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str 
     padded = [*pictures, *[pictures[-1]] * (batch - len(pictures))]
     first, device = pictures[0], system.device
     noise = ImageNoise([p.seed for p in padded], [p.number for p in padded], device)
+    system.pieces = first.pieces
     with autocast(precision, device):
         drawn = system.sample(
             [p.prompt for p in padded], noise, first.steps, first.guidance,
@@ -59,13 +61,15 @@ def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str 
 
 @contextmanager
 def remembering(system: Any) -> Iterator[None]:
-    """Every distinct prompt is encoded once, inside the `with`."""
+    """Every distinct prompt is encoded once, inside the `with`; once for each number of pieces."""
     encode = system.encode_text
-    own = "encode_text" in vars(system)
-    system.encode_text = Remembered(encode)
+    own, pieces = "encode_text" in vars(system), system.pieces
+    known: dict[int, Remembered] = {}
+    system.encode_text = lambda prompts: known.setdefault(system.pieces, Remembered(encode))(prompts)
     try:
         yield
     finally:
+        system.pieces = pieces
         if own:
             system.encode_text = encode
         else:

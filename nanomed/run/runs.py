@@ -89,7 +89,8 @@ class Run:
         decisive = (
             *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "lora"),
             *("released", "text_adapter"),
-            *("data", "size", "valid", "views", "augment", "captions", "paraphrases", "strategy", "join"),
+            *("data", "size", "valid", "views", "augment", "captions", "paraphrases", "strategy"),
+            *("join", "long_prompts"),
             *("places", "places_first", "dropout"),
         )
         for name in decisive:

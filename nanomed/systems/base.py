@@ -3,7 +3,8 @@
 A system's own file says what its paper says: presets, loss, sampling.
 """
 
-from collections.abc import Callable, Iterable
+import bisect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,8 @@ class System(Assembled):
     trimmed     those of them that a batch may have cut behind its longest text, the mask first
     diffusion   the noise that it trains on
     snr_gamma   min-SNR weighting of the training loss; 0 = none
+    chunks      whether a text may be read in several pieces, whose states are joined
+    pieces      how many, now
     autoencoder name of the part that makes latents of images and images of latents
     """
 
@@ -67,6 +70,8 @@ class System(Assembled):
     diffusion: Diffusion
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
+    chunks: bool = False
+    pieces: int = 1
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -139,6 +144,52 @@ class System(Assembled):
     def states(self, prompts: list[str]) -> Cond:
         """The conditions of prompts in training, where a system reads them otherwise than in `encode_text`."""
         return self.encode_text(prompts)
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """The tokens that each prompt needs, special ones included."""
+        return self.tokenizer.lengths(prompts)
+
+    def too_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """Those of some prompts that are longer than what is read of one: {prompt: (its tokens, the words behind the
+        last one that is read whole)}."""
+        limit, distinct = getattr(self, "text_shape", (0, 0))[0], list(dict.fromkeys(prompts))
+        if not limit or not distinct:
+            return {}
+        found = {}
+        for prompt, length in zip(distinct, self.lengths(distinct)):
+            if length > limit:
+                words = prompt.split()
+                begins = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
+                fits = bisect.bisect_right(begins, limit, key=lambda text: self.lengths([text])[0])
+                found[prompt] = length, " ".join(words[fits:])
+        return found
+
+    def judge_lengths(self, told: Mapping[str, str], how: str, source: str) -> tuple[list[str], dict[str, int]]:
+        """Prompts that are longer than what is read of one, as `how` has them treated: "cut", "refuse" or "chunk".
+
+        told     {prompt: where it stands first}
+        source   the file or data set that they are from
+
+        Returns lines that say it, and in how many pieces each of these prompts is read. Raises UsageError where it
+        refuses, and where this system reads no pieces.
+        """
+        long = self.too_long(told)
+        if not long:
+            return [], {}
+        limit = self.text_shape[0]
+        first = [f"{told[prompt]}: {length} tokens, {len(rest.split())} words {'over' if how == 'chunk' else 'cut'}: "
+                 f"{rest[:80]!r}{' ...' if len(rest) > 80 else ''}"
+                 for prompt, (length, rest) in long.items()]  # fmt: skip
+        said = f"{source}: {len(long)} of {len(told)} distinct prompts have more than the {limit} tokens that are read"
+        if how == "refuse":
+            raise UsageError(f"{said} (--long_prompts refuse). {first[0]}")
+        if how == "chunk" and not self.chunks:
+            raise UsageError(f"--long_prompts chunk: {self.name} reads one piece of text; choose cut or refuse. {said}")
+        more = [f"... and {len(first) - 5} more"] if len(first) > 5 else []
+        pieces = {prompt: -(-(length - 2) // (limit - 2)) for prompt, (length, _) in long.items()}
+        instead = f"read in up to {max(pieces.values())} pieces of {limit - 2}" if how == "chunk" else \
+            "the rest is cut (--long_prompts refuse, chunk)"  # fmt: skip
+        return [f"{said}: {instead}", *(f"  {line}" for line in [*first[:5], *more])], pieces if how == "chunk" else {}
 
     def denoising_loss(
         self,

@@ -107,6 +107,7 @@ class Kandinsky2(System):
         self.guidance, self.prior_guidance = guidance, prior_guidance
         self.snr_gamma, self.released = snr_gamma, released
         self.prior_diffusion, self.diffusion = schedules
+        self.text_shape = self.prior.num_embeddings, self.prior.embedding_dim
 
     @classmethod
     def stated(cls, place: Callable[..., Path]) -> dict:

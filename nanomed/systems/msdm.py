@@ -90,6 +90,7 @@ class MSDM(System):
     }
     tokenizers = {"tokenizer": (ClipTokenizer.from_folder, CLIP_L)}
     denoiser = "unet"
+    chunks = True
     dropout = 0.2  # "context dropout", drawn for each sample by the data loader
 
     def __init__(
@@ -160,8 +161,15 @@ class MSDM(System):
 
         def encode(distinct: list[str]) -> Cond:
             device = self.weight("text_encoder").device
-            ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.text_length))
-            return {"prompt_embeds": self.text_encoder(ids, mask), "attention_mask": mask}  # (distinct, 64, 768)
+            if self.pieces == 1:
+                ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.text_length))
+                return {"prompt_embeds": self.text_encoder(ids, mask), "attention_mask": mask}  # (distinct, 64, 768)
+            pieces = self.tokenizer.in_pieces(distinct, self.text_length, self.pieces)
+            ids, mask = (tensor.to(device) for tensor in pieces)  # (distinct, n, 64)
+            states = self.text_encoder(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, mask.shape[:2])
+            empty = mask.sum(2, keepdim=True) == 2  # behind the prompt's end: nothing is to be read there
+            empty[:, 0] = False
+            return {"prompt_embeds": states.flatten(1, 2), "attention_mask": (mask & ~empty).flatten(1, 2)}
 
         return self.each_once(prompts, encode)
 

@@ -106,6 +106,9 @@ class PixArt(System):
         """
         return self.states([prompt.lower().strip() for prompt in prompts])
 
+    def lengths(self, prompts: list[str]) -> list[int]:
+        return self.tokenizer.lengths([prompt.lower().strip() for prompt in prompts])
+
     def states(self, prompts: list[str]) -> Cond:
         """As `encode_text`, of the prompts word for word: so they are in training, in the published scripts too."""
 

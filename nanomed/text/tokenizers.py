@@ -108,6 +108,19 @@ class ClipTokenizer:
             mask[i, : len(tokens)] = True
         return ids, mask
 
+    def in_pieces(self, prompts: list[str], length: int, pieces: int) -> tuple[Tensor, Tensor]:
+        """Tokenize into pieces of `length`, each between a start and an end token of its own and padded, as web UIs
+        read long prompts: ids and mask (B, pieces, length). Pieces behind a prompt's end hold these two alone."""
+        found, inner = self._encode(prompts), length - 2
+        ids = torch.full((len(prompts), pieces, length), self.pad_id)
+        mask = torch.zeros(len(prompts), pieces, length, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            for j in range(pieces):
+                tokens = [self.start_id, *found[prompt][j * inner : (j + 1) * inner], self.end_id]
+                ids[i, j, : len(tokens)] = torch.tensor(tokens)
+                mask[i, j, : len(tokens)] = True
+        return ids, mask
+
     def lengths(self, prompts: list[str]) -> list[int]:
         """The tokens that each prompt needs, start and end included."""
         found = self._encode(prompts)

@@ -89,4 +89,6 @@ def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) 
 
     network = weights.fingerprint(system.get_submodule(part))
     key = {"fields": f"{part} of prompts", "weights": network, "prompts": prompts}
+    if system.pieces > 1:
+        key["pieces"] = system.pieces
     return cached(cache, key, len(prompts), make, 32, ranks)
