@@ -161,6 +161,8 @@ def test_adapters_of_other_kinds_are_named(kind, pixart_folder, tmp_path):
     ("HERE=much", UsageError, "must be a number"),
     ("HERE=nan", UsageError, "say FILE"),
     ("HERE,", UsageError, "say FILE"),
+    ("", UsageError, "say FILE"),
+    ("x" * 5000, WeightsNotFound, "no such file"),
     ("EMPTY", WeightsNotFound, "holds no adapter"),
     ("TWO", WeightsError, "name one"),
     ("PEFTFILE", WeightsNotFound, "adapter_config.json"),
@@ -327,7 +329,7 @@ def test_show_says_what_a_file_is(theirs, capsys, tmp_path):
     (["show", "nowhere"], 4), (["nowhere", "--to", "peft", "--out", "x"], 4), (["RUN"], 2),
     (["RUN", "--to", "peft"], 2),
     (["RUN", "--to", "peft", "--merge", "--out", "x"], 2), (["RUN", "--to", "kohya", "--out", "RUN"], 2),
-    (["JUNK", "--to", "kohya", "--out", "x"], 4), (["show", ""], 4), (["KOHYA", "--to", "peft", "--out", "x"], 4),
+    (["JUNK", "--to", "kohya", "--out", "x"], 4), (["show", ""], 4), (["show", "x" * 5000], 4), (["KOHYA", "--to", "peft", "--out", "x"], 4),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_an_exit_code(words, code, theirs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanomed.adapters import convert
+from nanomed.adapters import convert, onto
 from nanomed.run.flags import UsageError
 from nanomed.weights import WeightsError, WeightsNotFound
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     words = parser.parse_args(arguments[1:] if shown else arguments)
     try:
         path = Path(words.path)
-        if not words.path or not path.exists():
+        if not words.path or not onto.exists(words.path):
             raise WeightsNotFound(f"{words.path or 'an empty name'}: no such file or folder")
         if shown:
             print("\n".join(convert.show(path)))

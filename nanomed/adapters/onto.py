@@ -56,10 +56,10 @@ class Source(NamedTuple):
 def parse(given: str) -> list[tuple[Path, float]]:
     """(path, weight) of "A,B=0.8". A whole text, or a part of it, that is a path is taken for one."""
     found = []
-    for item in [given] if Path(given).exists() else given.split(","):
+    for item in [given] if exists(given) else given.split(","):
         path, equals, number = item.strip().rpartition("=")
         weight = 1.0
-        if not equals or Path(item).exists():
+        if not equals or exists(item.strip()):
             path = item.strip()
         else:
             try:
@@ -68,10 +68,18 @@ def parse(given: str) -> list[tuple[Path, float]]:
                 raise UsageError(f"--lora {item}: what stands behind = must be a number, such as 0.8") from None
         if not path or not math.isfinite(weight):
             raise UsageError(f"--lora {item}: say FILE, FILE=0.8, or several by comma")
-        if not Path(path).exists():
+        if not exists(path):
             raise WeightsNotFound(f"--lora {path}: no such file or folder")
         found.append((Path(path), weight))
     return found
+
+
+def exists(path: str) -> bool:
+    """Whether something is at a path, which may be any text."""
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long to be one
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
