@@ -329,7 +329,8 @@ def test_show_says_what_a_file_is(theirs, capsys, tmp_path):
     (["show", "nowhere"], 4), (["nowhere", "--to", "peft", "--out", "x"], 4), (["RUN"], 2),
     (["RUN", "--to", "peft"], 2),
     (["RUN", "--to", "peft", "--merge", "--out", "x"], 2), (["RUN", "--to", "kohya", "--out", "RUN"], 2),
-    (["JUNK", "--to", "kohya", "--out", "x"], 4), (["show", ""], 4), (["show", "x" * 5000], 4), (["KOHYA", "--to", "peft", "--out", "x"], 4),
+    (["JUNK", "--to", "kohya", "--out", "x"], 4), (["show", ""], 4), (["show", "x" * 5000], 4),
+    (["KOHYA", "--to", "peft", "--out", "x"], 4),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_an_exit_code(words, code, theirs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
