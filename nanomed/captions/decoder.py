@@ -55,7 +55,12 @@ class DecoderConfig:
         if family not in FAMILIES:
             raise WeightsError(f"{what}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
         gemma = family == "gemma2"
-        unsaid: dict = dict(rope_theta=10000.0, rms_norm_eps=1e-6, num_key_value_heads=said.get("num_attention_heads"))
+        unsaid: dict = dict(rope_theta=10000.0, rms_norm_eps=1e-6)
+        unsaid["num_key_value_heads"] = said.get("num_attention_heads", 32)
+        if family in ("llama", "mistral"):
+            unsaid |= dict(vocab_size=32000, intermediate_size=11008)
+        if family == "mistral":
+            unsaid |= dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)
         if gemma:
             unsaid |= dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256,
                            attn_logit_softcapping=50.0, final_logit_softcapping=30.0)  # fmt: skip
