@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanomed import weights
+from nanomed.captions import chat
 from nanomed.captions.decoder import Decoder, load_decoder
 from nanomed.captions.generation import generate
 from nanomed.captions.llava import LlavaNext, load_llava
@@ -29,13 +30,25 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")  # Llama 3, Qwen, Gemm
 class Model:
     """A network with its tokenizer; `see` of the network, where it has one, is what makes it look at images."""
 
-    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int]):
+    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = ""):
         self.network, self.tokenizer, self.ends = network, tokenizer, tuple(ends)
+        self.prompt = prompt  # the only one that it knows, where it was trained on one
         self.writer: Decoder = getattr(network, "language_model", network)
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    def ask(self, question: str) -> str:
+        """The prompt that asks a question about an image, in the conversation that this model was trained on."""
+        if self.prompt:
+            return self.prompt
+        if not isinstance(self.network, LlavaNext):
+            raise ValueError("this model reads text alone, so it cannot be asked about an image")
+        if self.network.config.text.model_type == "mistral":
+            return chat.llava_mistral(question)
+        own = self.network.config.image_token is None
+        return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
 
     def logits(self, image: Image.Image | None, text: str) -> Tensor:
         """What follows each place of the prompt, (1, L, vocabulary); the image stands in many places."""
@@ -125,7 +138,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     llava = said.get("model_type", "").startswith("llava")
     network = load_llava(path, dtype) if llava else load_decoder(path, dtype)
     tokenizer = read_tokenizer(path)
-    return Model(network.requires_grad_(False).to(device), tokenizer, ends_of(path, said, tokenizer))
+    ends = ends_of(path, said, tokenizer)
+    return Model(network.requires_grad_(False).to(device), tokenizer, ends, said.get("prompt", ""))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

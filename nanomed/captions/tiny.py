@@ -96,7 +96,7 @@ def build() -> Model:
                               image_size=SIDE // 2, patch_size=16, projection_dim=96)  # fmt: skip
     config = LlavaConfig(text, vision, MARKS.index("<image>"), layer=-1)
     tiles = Tiles(vision.image_size, vision.patch_size, ((SIDE, SIDE),))
-    return Model(LlavaNext(config, tiles), made, [MARKS.index("</s>")])
+    return Model(LlavaNext(config, tiles), made, [MARKS.index("</s>")], PROMPT)
 
 
 def save(model: Model, folder: str | Path) -> None:
