@@ -96,22 +96,22 @@ def write_captions(words: list[str]) -> int:
     pictures = vsg.pictures(spec)
     path = weights.find(REPOSITORIES.get(config.model, config.model))
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
-    counting = _counter(config, shortener)
     from nanomed.captions.models import load
 
     model = load(path, DTYPES[config.precision], ranks.device)
     model.ask("")
+    own = config.count == "captioner" or (model.prompt and not config.tokenizer)  # a miniature brings no T5 along
+    count = model.count if own else _counter(config.tokenizer, shortener)
     settings = dict(data=spec, model=config.model, modality=config.modality, simplifier=config.simplifier,
                     count=config.count, limit=config.limit, attempts=config.attempts, precision=config.precision,
                     seed=config.seed)  # fmt: skip
     journal = vsg.Journal(config.out, settings)
 
     def rules(opening: str, features: str) -> vsg.Rules:
-        count = model.count if config.count == "captioner" else counting
         return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
 
     done = journal.results()
-    todo = ranks.share([picture for picture in pictures if picture.name not in done])
+    todo = [picture for picture in ranks.share(pictures) if picture.name not in done]
     bar = tqdm(total=len(todo), unit="image", disable=None if ranks.first else True)
     for start in range(0, len(todo), config.batch):
         batch = list(todo[start : start + config.batch])
@@ -137,22 +137,20 @@ def _t5(name: str, device: torch.device) -> t5.Shortener:
     return t5.load(REPOSITORIES.get(name, name), device=device)
 
 
-def _counter(config: Vsg, shortener: t5.Shortener | None):
+def _counter(folder: str, shortener: t5.Shortener | None):
     """Counts T5's tokens, the end included."""
-    if config.count == "captioner":
-        return None
-    tokenizer = shortener.tokenizer if shortener and not config.tokenizer else None
-    places = [config.tokenizer] if config.tokenizer else TOKENIZERS
-    for place in () if tokenizer else places:
+    if shortener and not folder:
+        return lambda text: shortener.tokenizer.lengths([text])[0]
+    places = [folder] if folder else TOKENIZERS
+    for place in places:
         try:
             found = weights.find(place)
-            tokenizer = T5Tokenizer.from_folder(found / "tokenizer" if (found / "tokenizer").is_dir() else found)
-            break
         except weights.WeightsNotFound:
-            if place == places[-1]:
-                raise UsageError(f"no T5 tokenizer at {', '.join(map(str, places))}, which counts a caption's tokens: "
-                                 f"--tokenizer FOLDER, or --count captioner") from None  # fmt: skip
-    return lambda text: tokenizer.lengths([text])[0]
+            continue
+        tokenizer = T5Tokenizer.from_folder(found / "tokenizer" if (found / "tokenizer").is_dir() else found)
+        return lambda text: tokenizer.lengths([text])[0]
+    raise UsageError(f"no T5 tokenizer in {', '.join(places)}, to count a caption's tokens: say --tokenizer FOLDER, or "
+                     f"--count captioner")  # fmt: skip
 
 
 TOKENIZERS = ("PixArt-alpha/PixArt-XL-2-512x512", "google-t5/t5-large", "google-t5/t5-small")

@@ -97,7 +97,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Rules:
-    """How an answer is judged. `count` counts tokens; `shorten`, where there is one, is given texts that are too long."""
+    """How an answer is judged. `count` counts tokens; `shorten`, if there is one, is given texts that are too long."""
 
     opening: str
     features: str
@@ -140,8 +140,9 @@ def question(modality: str, category: str) -> tuple[str, str, str]:
 def flags(text: str, category: str) -> list[str]:
     """Why a person should look at a caption: what it gives away, and where it contradicts its category."""
     found = [name for name, pattern in SUSPICIOUS.items() if re.search(pattern, text)]
+    rest = text.replace(f"of {category}", "of it", 1)  # the words that it was told to begin with
     for given, said in OPPOSITES:
-        if category and re.search(given, category, re.I) and re.search(said, text.replace(category, " "), re.I):
+        if re.search(given, category, re.I) and re.search(said, rest, re.I):
             return [*found, "contradicts the category"]
     return found
 
