@@ -61,7 +61,7 @@ class Simplify:
 @dataclass
 class Train:
     out: str = "weights/captioner-tiny"  # folder of the captioner
-    steps: Annotated[int, ">= 1"] = 800  # of the optimizer
+    steps: Annotated[int, ">= 1"] = 500  # of the optimizer
     batch: Annotated[int, ">= 1"] = 32  # scenes at a time
     scenes: Annotated[int, ">= 1"] = 3000  # of the toy world
     seed: int = 0  # of weights and batches

@@ -130,7 +130,7 @@ def loss_of(model: Model, images: list[Image.Image], captions: list[str]) -> Ten
 
 
 def train(
-    steps: int = 1500, batch: int = 32, scenes: int = 4000, lr: float = 2e-3, seed: int = 0,
+    steps: int = 500, batch: int = 32, scenes: int = 3000, lr: float = 2e-3, seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Model:  # fmt: skip
     """A captioner that has learned `steps` batches of the first `scenes` scenes; the same one for the same numbers.
