@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import conftest  # noqa: E402, F401  # torchvision's operators, which transformers asks for
+import transformers  # noqa: E402
 from interleaved import compare  # noqa: E402
 
 from nanomed.captions.decoder import load_decoder  # noqa: E402
