@@ -15,7 +15,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 import nanomed.captions
 from nanomed import weights
+from nanomed.captions.generation import generate
 from nanomed.captions.llava import LlavaConfig, LlavaNext, renamed
+from nanomed.captions.models import Int8Linear
 from nanomed.captions.tiles import Tiles
 from nanomed.weights import WeightsError
 
@@ -176,6 +178,22 @@ def test_loads_in_another_dtype(tmp_path):
     close(half.logits(picture((60, 45)), PROMPT).float(), small.ours.logits(picture((60, 45)), PROMPT), 0.05)
 
 
+def test_int8_rows_are_within_half_a_step_and_their_logits_near(tmp_path):
+    """A weight is off by 1/254 of its row's largest at most; logits of the miniature by some per cent."""
+    small = Miniature(tmp_path, "mistral-hf")
+    eight = nanomed.captions.load(tmp_path, int8=True)
+    count = 0
+    for name, module in eight.network.named_modules():
+        if isinstance(module, Int8Linear):
+            plain = small.ours.network.get_submodule(name).weight
+            error = (module.weight.float() * module.scale[:, None] - plain).abs()
+            assert (error <= plain.abs().amax(1, keepdim=True) * (1 / 254 + 1e-6)).all() and error.max() > 0
+            assert module.weight.dtype == torch.int8
+            count += 1
+    assert count == 2 * 7
+    close(eight.logits(picture((60, 45)), PROMPT), small.ours.logits(picture((60, 45)), PROMPT), 0.05)
+
+
 def test_a_tower_that_is_not_in_the_files_is_read_from_its_repository(tmp_path):
     small = Miniature(tmp_path / "lmms-lab" / "a", "lmms")
     file = tmp_path / "lmms-lab" / "a" / "model.safetensors"
@@ -187,6 +205,55 @@ def test_a_tower_that_is_not_in_the_files_is_read_from_its_repository(tmp_path):
     save_file(tower, repository / "model.safetensors")
     again = nanomed.captions.load(file.parent)
     assert torch.equal(again.logits(picture((20, 30)), PROMPT), small.ours.logits(picture((20, 30)), PROMPT))
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A Mistral's folder, and transformers' model of it."""
+    vocabulary = save_tokenizer(tmp_path, image=False)
+    torch.manual_seed(0)
+    settings = transformers.MistralConfig(vocab_size=vocabulary, eos_token_id=257, **TEXT)
+    reference = transformers.MistralForCausalLM(settings).eval()
+    for parameter in reference.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    reference.save_pretrained(tmp_path)
+    return reference, tmp_path
+
+
+def test_a_plain_language_model_is_read_by_the_same_word(plain):
+    reference, folder = plain
+    ours = nanomed.captions.load(folder)
+    ids = torch.tensor([ours.tokenizer.encode("[INST] why? [/INST]").ids])
+    close(ours.logits(None, "[INST] why? [/INST]"), reference(ids).logits, 1e-4)
+    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False,
+                                  pad_token_id=0)[0, ids.shape[1] :].tolist()  # fmt: skip
+    assert ours.generate(None, ["[INST] why? [/INST]"], max_new_tokens=30) == [ours.tokenizer.decode(expected)]
+    with pytest.raises(ValueError, match="reads text alone"):
+        ours.generate([picture((9, 9))], [PROMPT])
+
+
+def test_a_text_ends_where_the_files_say(plain):
+    """At the tokens of generation_config.json, else of config.json; what stands behind them is not handed out."""
+    _, folder = plain
+    (folder / "generation_config.json").unlink()
+    assert nanomed.captions.load(folder).ends == (257,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 257]}')
+    ours = nanomed.captions.load(folder)
+    assert ours.ends == (5, 257)
+    ids = generate(ours.writer, *ours.read([None], ["ab"]), 30)[0].tolist()
+    ours.ends = (ids[4],)
+    first = ids.index(ids[4])
+    assert ours.generate(None, ["ab"], max_new_tokens=30)[0] == ours.tokenizer.decode(ids[:first])
+
+
+def test_a_folder_without_a_tokenizer_is_named(plain):
+    _, folder = plain
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(WeightsError, match="tokenizer.json: not a tokenizer"):
+        nanomed.captions.load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(WeightsError, match="tokenizer.json is missing"):
+        nanomed.captions.load(folder)
 
 
 @pytest.mark.parametrize("size, tokens", [((720, 576), 2438), ((512, 512), 2928), ((600, 450), 2340),

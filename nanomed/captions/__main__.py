@@ -46,6 +46,7 @@ class Vsg:
     attempts: Annotated[int, ">= 1"] = 10  # answers drawn for an image at most
     batch: Annotated[int, ">= 1"] = 4  # images asked about together
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the weights
+    int8: bool = False  # the language model in whole numbers, row by row: half of bf16's memory, near its answers
     seed: int = 0  # of all the answers
     review: bool = False  # also write OUT.html, image beside caption
 
@@ -98,13 +99,13 @@ def write_captions(words: list[str]) -> int:
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
     from nanomed.captions.models import load
 
-    model = load(path, DTYPES[config.precision], ranks.device)
+    model = load(path, DTYPES[config.precision], ranks.device, config.int8)
     model.ask("")
     own = config.count == "captioner" or (model.prompt and not config.tokenizer)  # a miniature brings no T5 along
     count = model.count if own else _counter(config.tokenizer, shortener)
     settings = dict(data=spec, model=config.model, modality=config.modality, simplifier=config.simplifier,
                     count=config.count, limit=config.limit, attempts=config.attempts, precision=config.precision,
-                    seed=config.seed)  # fmt: skip
+                    int8=config.int8, seed=config.seed)  # fmt: skip
     journal = vsg.Journal(config.out, settings)
 
     def rules(opening: str, features: str) -> vsg.Rules:
