@@ -44,7 +44,7 @@ class Model:
         if self.prompt:
             return self.prompt
         if not isinstance(self.network, LlavaNext):
-            raise ValueError("this model reads text alone, so it cannot be asked about an image")
+            raise WeightsError("this model reads text alone, so it cannot be asked about an image")
         if self.network.config.text.model_type == "mistral":
             return chat.llava_mistral(question)
         own = self.network.config.image_token is None
