@@ -125,6 +125,12 @@ class T5Tokenizer:
             ids += [self.special[part]] if i % 2 else []
         return ids
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens left out."""
+        special = {self.pad_id, self.end_id, self._unknown, *self.special.values()}
+        words = (self.pieces[i][0] for i in ids if i < len(self.pieces) and i not in special)
+        return "".join(words).replace(SPACE, " ").removeprefix(" ")
+
     def normalize(self, text: str) -> str:
         """Text as the pieces spell it: characters mapped by the model's own table, spaces single and visible."""
         parts = self._kept.split(text) if self._charsmap else []  # text, symbol of the user's, text, ..., text
