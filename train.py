@@ -138,6 +138,7 @@ def read_data(config: Config, system):
         table = data.with_captions(table, config.captions)
     if config.paraphrases:
         table = data.with_paraphrases(table, config.paraphrases, config.strategy)
+    table = system.adopt(table)
     return table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
 
 

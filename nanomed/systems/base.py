@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.adapters import lora
+from nanomed.data.prompts import CLASSES, WORDS
+from nanomed.data.table import Table
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.systems.arithmetic import held
@@ -50,6 +52,7 @@ class System(Assembled):
     diffusion   the noise that it trains on
     snr_gamma   min-SNR weighting of the training loss; 0 = none
     autoencoder name of the part that makes latents of images and images of latents
+    columns     of a file of prompts, the first that is there
     """
 
     size: int
@@ -64,6 +67,7 @@ class System(Assembled):
     diffusion: Diffusion
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
+    columns: tuple[str, ...] = (*WORDS, *CLASSES)
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -155,6 +159,14 @@ class System(Assembled):
     def uses_text(self, stage: str) -> bool:
         """Whether a stage trains on (image, prompt) pairs and can be sampled; an autoencoder's sees images alone."""
         return stage != "vae"
+
+    def adopt(self, table: Table) -> Table:
+        """Learn from the data what must be known before training, as the names of its classes; returns what to train
+        on."""
+        return table
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises DataError for a prompt that `encode_text` could not read."""
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
