@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2023) as fast-DiT trains it, Med-Art's baseline S/8: latents of Stable Diffusion's VAE from a class.
+"""DiT (Peebles & Xie 2023) as fast-DiT trains it: latents of Stable Diffusion's VAE from a class. Med-Art's is S/8.
 
     class --one row of a table--> (B, D) --shifts, scales and gates of all blocks--+
                                                                                    v
@@ -96,12 +96,12 @@ class ClassDiT(System):
     def published(cls, weights_folder: str | Path | None = None, dtype: torch.dtype | None = None, **settings) -> Self:
         """A .pt file, or a folder with `config.json`, and the VAE beside it or where published files lie."""
         if weights_folder is None:
-            raise weights.WeightsNotFound("DiT is published for ImageNet alone: say which checkpoint, --weights FILE.pt")
+            raise weights.WeightsNotFound("no DiT-S/8 is published: say which checkpoint, --weights FILE.pt")
         network = load_dit(weights_folder, dtype)
         parts = {"transformer": network, "vae": load_kl(weights.find(VAE, Path(weights_folder).parent), dtype)}
         c = network.config
         said = dict(size=c.input_size * 8, classes=tuple(map(str, range(c.num_classes)))) | settings
-        return cls(Found(parts, {}, {"transformer": vars(c)}, VAE), **said).eval()
+        return cls(Found(parts, {}, {"transformer": dict(vars(c))}, VAE), **said).eval()
 
     def adopt(self, table: Table) -> Table:
         table, classes = named(table)
@@ -135,9 +135,10 @@ class ClassDiT(System):
         return super().example(stage, batch, device) | ({"prompt": [""] * batch} if self.uses_text(stage) else {})
 
     def sample(self, prompts: list[str], noise: samplers.Noise, steps: int | None = None, guidance: float | None = None,
-               negative_prompts: list[str] | None = None, height: int | None = None, width: int | None = None) -> Tensor:
-        """Draw one image for each class: (B, 3, height, width) in [0, 1]. `noise.randn` is asked for the initial latents
-        and once a step. Guidance leads away from no class, or from those of `negative_prompts`."""
+               negative_prompts: list[str] | None = None, height: int | None = None,
+               width: int | None = None) -> Tensor:  # fmt: skip
+        """Draw one image for each class: (B, 3, height, width) in [0, 1]. `noise.randn` is asked for the initial
+        latents and once a step. Guidance leads away from no class, or from those of `negative_prompts`."""
         x = noise.randn(*self.latent_size(height or self.size, width or self.size)).to(self.device)
         cond, null = (self.encode_text(several) for several in (prompts, negative_prompts or [""] * len(prompts)))
         channels = PUBLISHED_GUIDED_CHANNELS if self.three_channels else len(x[0])
