@@ -200,7 +200,7 @@ class System(Assembled):
     def resume(self, stage: str, folder: str | Path) -> None:
         """Take over what a finished stage left in `folder`: the parts it trained and what `finish` measured."""
         self.read_parts(folder, parts=self.stages[stage])
-        scale = read_config(folder).get("vae", {}).get("scaling_factor")
+        scale = (read_config(folder).get("vae") or {}).get("scaling_factor")
         if stage == "vae" and scale:
             self.vae.scale = self.shapes["vae"]["scaling_factor"] = scale
 

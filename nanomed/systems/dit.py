@@ -42,7 +42,7 @@ PRESETS = {
 RECIPES = {
     "dit-s8": {  # of fast-DiT's train.py: no decay, no clipping, no warm-up
         "": dict(batch=256, lr=1e-4, augment=False, views=1),
-        "transformer": dict(steps=400_000, weight_decay=0.0, clip=0.0, ema=0.9999, save_every=50_000),
+        "transformer": dict(epochs=1400.0, weight_decay=0.0, clip=0.0, ema=0.9999, save_every=5_000),
     },
     "dit-tiny": {
         "": dict(data="toy:2000", batch=32, augment=False, views=1, schedule="cosine"),
