@@ -8,6 +8,7 @@ of our sampler, one a step, are replayed by diffusers' scheduler.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,15 +18,19 @@ from conftest import close
 from diffusers.pipelines.hunyuandit import pipeline_hunyuandit as published
 from diffusers.schedulers import scheduling_ddpm
 from manifests import names_and_shapes
+from PIL import Image
 from torch import Tensor, nn
 
 import nanomed
 from nanomed import systems, weights
 from nanomed.adapters import lora
+from nanomed.data import Row, Table
+from nanomed.run.ranks import ALONE
 from nanomed.systems.hunyuan import Hunyuan
 from nanomed.systems.sizes import STANDARD, standard
 from nanomed.text.unigram import train_unigram
 from nanomed.text.wordpiece import train_wordpiece
+from nanomed.training import caches
 
 PROMPTS = ["An endoscopic image of a POLYP in the left part, shiny and wet.", "皮肤镜图像：a melanoma."]
 LATENTS, IMAGES = 1e-5, 1e-4  # tolerances: final latents, relative in norm; images before they are clamped
@@ -363,7 +368,34 @@ def test_cached_fields_give_the_same_loss(folders):
     assert small.activations("transformer", 1)["a step"] > 0
 
 
+def test_a_cache_of_texts_knows_the_weights_of_both_readers(folders, tmp_path):
+    """With another mT5, what is kept of a prompt is made anew; with the same two it is not."""
+    system, made = nanomed.load("hunyuan", weights=folders["v1.2"]), []
+    system.text_encoder_2.register_forward_hook(lambda module, inputs, out: made.append(1))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    table = Table("one", (Row(tmp_path / "a.png", ("a polyp",)),))
+    config = SimpleNamespace(views=0, cache=tmp_path / "cache", seed=0, dropout=None, augment=False, strategy="add",
+                             paraphrases="", accumulate=1, batch=1)  # fmt: skip
+    kept = []
+    for factor in (1.0, 1.0, 2.0):
+        system.text_encoder_2.shared.weight.data *= factor
+        batches = caches.batches(config, system, "transformer", table, ALONE)
+        kept.append(batches[0])
+        batches.close()
+    assert made == [1, 1] and kept[0].keys() == {"prompt", "image", *Hunyuan.text_fields}
+    assert torch.equal(kept[0]["t5"], kept[1]["t5"]) and not torch.equal(kept[1]["t5"], kept[2]["t5"])
+    assert kept[0]["t5"].shape == (1, 256, 16) and kept[0]["bert"].shape == (1, 77, 20)
+
+
 # -------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_half_precision(folders, expected):
+    """All parts in bfloat16, the sampler and the images in float32."""
+    system = nanomed.load("hunyuan", weights=folders["v1.1"], dtype=torch.bfloat16)
+    assert {p.dtype for p in system.parameters()} == {torch.bfloat16}
+    out = ours(system, "v1.1 square")
+    assert errors(out, expected["v1.1 square"])[0] < 0.5 and out[2].dtype == torch.float32
 
 
 def test_other_forms_of_the_same_folder(folders, tmp_path):
