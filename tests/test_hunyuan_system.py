@@ -7,6 +7,7 @@ of our sampler, one a step, are replayed by diffusers' scheduler.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import nanomed
+import train
 from nanomed import systems, weights
 from nanomed.adapters import lora
 from nanomed.data import Row, Table
+from nanomed.run import runs
 from nanomed.run.ranks import ALONE
 from nanomed.systems.hunyuan import Hunyuan
 from nanomed.systems.sizes import STANDARD, standard
@@ -427,6 +430,25 @@ def test_what_does_not_belong_together_is_refused(folders, tmp_path, monkeypatch
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(FileNotFoundError, match="hf download Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"):
         nanomed.load("hunyuan")
+
+
+def test_a_run_on_a_published_folder(folders, tmp_path, monkeypatch):
+    """train.py in bfloat16 with the recipe's rank, both readers' states cached; what it leaves is an adapter that draws
+    on the same folder."""
+    words = ["train.py", "--model", "hunyuan", "--weights", str(folders["v1.1"]), "--data", "toy:6", "--size", "64",
+             "--steps", "1", "--save_every", "1", "--score_images", "0", "--valid", "0.2"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")])
+    sample, shape = Hunyuan.sample, (3, 64, 64)
+    monkeypatch.setattr(Hunyuan, "sample", lambda self, prompts, noise, **_: torch.zeros(len(prompts), *shape))
+    assert train.main() == 0
+    monkeypatch.setattr(Hunyuan, "sample", sample)
+    run = runs.newest(tmp_path / "runs")
+    about = json.loads((run / "model" / "transformer_lora" / "adapter_config.json").read_text())
+    assert about["r"] == about["lora_alpha"] == 64 and set(about["target_modules"]) == {*lora.ATTENTION}
+    system = nanomed.load(run, weights=folders["v1.1"])
+    assert system.size == 64 and system.base == str(folders["v1.1"].absolute())
+    with torch.no_grad():
+        assert system.sample(["a polyp"], Draws(1), steps=2).shape == (1, *shape)
 
 
 SMALL = dict(
