@@ -376,8 +376,14 @@ def test_training_on_class_folders(tmp_path, monkeypatch):
             picture(tmp_path / "data" / label / f"{i}.png")
     words = ["train.py", "--model", "dit-tiny", "--data", f"kvasir:{tmp_path / 'data'}", "--batch", "2", "--steps", "1",
              "--save_every", "1", "--valid", "0.25", "--score_images", "0"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")])
     monkeypatch.setattr(ClassDiT, "sample", lambda self, prompts, noise, **_: torch.zeros(len(prompts), 3, 32, 32))
+    (tmp_path / "prompts.csv").write_text("prompt,label\nshiny,ulcer\n")
+    for flag in ("--grid_prompts", "--test_prompts"):  # said before anything is made
+        monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "no"), flag, str(tmp_path / "prompts.csv")])
+        with pytest.raises(DataError, match="'ulcer' names no class; the model knows: normal z line, polyps"):
+            train.main()
+        assert not (tmp_path / "no").exists()
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")])
     asked = []
     monkeypatch.setattr(ClassDiT, "encode_text", lambda self, prompts: asked.extend(prompts) or {
         "labels": torch.zeros(len(prompts), dtype=torch.int64)})  # fmt: skip
