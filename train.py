@@ -272,7 +272,8 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     system = systems.load(run.folder, config.weights or None, device=run.ranks.device)
     system.to(memory_format=torch.channels_last)
     out = run.folder / "test"
-    draw(system, read_prompts(config.test_prompts, system.columns), Drawing(str(out), seed=config.seed), run.ranks, progress=True)
+    prompts = read_prompts(config.test_prompts, system.columns)
+    draw(system, prompts, Drawing(str(out), seed=config.seed), run.ranks, progress=True)
     if not run.ranks.first:
         return {}
     settings = measuring.Settings(weights=config.weights, cache=config.cache)
