@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 FILES = {  # preset -> file in this folder and class in it
     "msdm": "msdm.MSDM", "msdm-tiny": "msdm.MSDM", "msdm-tiny-64": "msdm.MSDM",
     "pixart": "pixart.PixArt",
-    "medart": "medart.MedArt", "medart-skin": "medart.MedArt", "medart-tiny": "medart.MedArt",
+    "medart": "medart.MedArt", "medart-skin": "medart.MedArt",
+    "medart-tiny": "medart_tiny.MedArtTiny",
     "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny.Kandinsky2Tiny",
     "hunyuan": "hunyuan.Hunyuan", "hunyuan-tiny": "hunyuan.Hunyuan",
     "dit-s8": "dit.ClassDiT", "dit-tiny": "dit.ClassDiT",
@@ -78,4 +79,7 @@ def load(
     if name in PUBLISHED:
         return _class(str(name)).published(weights, dtype).to(device)
     folder = runs.model_folder(name) if runs.is_run(name) else files.find(str(name), weights)
-    return _class(read_config(folder)["system"]).saved(folder, weights, dtype).to(device)
+    said = read_config(folder)
+    # version 0.1 wrote "medart" for the miniature, too, which alone has a VAE of its own
+    name = "medart-tiny" if said["system"] == "medart" and "vae" in said else said["system"]
+    return _class(name).saved(folder, weights, dtype).to(device)

@@ -91,7 +91,7 @@ class Kandinsky2Tiny(Kandinsky2):
         the weights themselves. That changes no reconstruction."""
         if stage != "vae":
             return {}
-        seen = [(self.movq.encode(images), self.embed(images)) for images in image_batches]
+        seen = [(self.movq.encode(images), self.image_encoder.embed(images)) for images in image_batches]
         latents, embeds = (torch.cat(made) for made in zip(*seen))
         deviation = latents.std()
         for tensor in (self.movq.quant_conv.weight, self.movq.quant_conv.bias):

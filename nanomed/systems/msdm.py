@@ -92,22 +92,9 @@ class MSDM(System):
     denoiser = "unet"
     dropout = 0.2  # "context dropout", drawn for each sample by the data loader
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        size: int = 256,
-        text_length: int = 64,
-        latent_scale: float = 1.0,
-        self_conditioning: bool = True,
-        prediction: str = "epsilon",
-        sampler: str = "msdm",
-        steps: int = 150,
-        guidance: float = 4.5,
-        minmax: bool = False,
-        snr_gamma: float = 0.0,
-        loss: str = "l1",
-    ):
+    def __init__(self, found: Found, *, size: int = 256, text_length: int = 64, latent_scale: float = 1.0,
+                 self_conditioning: bool = True, prediction: str = "epsilon", sampler: str = "msdm", steps: int = 150,
+                 guidance: float = 4.5, minmax: bool = False, snr_gamma: float = 0.0, loss: str = "l1"):  # fmt: skip
         super().__init__(found)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -206,16 +193,9 @@ class MSDM(System):
 
     # ------------------------------------------------------------------------------------------------ sampling
 
-    def sample(
-        self,
-        prompts: list[str],
-        noise: samplers.Noise,
-        steps: int | None = None,
-        guidance: float | None = None,
-        negative_prompts: list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> Tensor:
+    def sample(self, prompts: list[str], noise: samplers.Noise, steps: int | None = None,
+               guidance: float | None = None, negative_prompts: list[str] | None = None, height: int | None = None,
+               width: int | None = None) -> Tensor:  # fmt: skip
         """Draw one image for each prompt: (B, 3, height, width) in [0, 1].
 
         `noise.randn` is asked for the initial latents and, by the stochastic sampler, once a step.
