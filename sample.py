@@ -20,7 +20,7 @@ from nanomed.run.ranks import Ranks
 
 @dataclass
 class Config(Drawing):
-    prompts: str = ""  # CSV with a column prompt, Prompt or text (, or ; between columns), or a text file
+    prompts: str = ""  # CSV with a column prompt, text, label or category (, or ; between columns), or a text file
     model: str = ""  # a run folder or a name under weights/; empty: the newest finished run, else weights/msdm-tiny
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     runs: str = "runs"  # where runs are looked for
@@ -34,11 +34,12 @@ def main() -> None:
     from nanomed.data.prompts import read_prompts
     from nanomed.run import runs
 
-    prompts = read_prompts(config.prompts)
+    read_prompts(config.prompts)  # what is wrong with it is said before a model is read
     ranks = Ranks.join()
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=ranks.device)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
+    prompts = read_prompts(config.prompts, system.columns)
     if ranks.first:
         print(f"{len(prompts)} prompts, {len(set(prompts))} of them distinct; model {name}")
     draw(system, prompts, config, ranks, progress=True)

@@ -130,6 +130,7 @@ def settings_of(config: Config) -> dict:
 def read_data(config: Config, system):
     """(training, held out): two tables of rows. The toy world is drawn where it is asked for and not there yet."""
     from nanomed import data
+    from nanomed.data.prompts import read_prompts
 
     table = data.load(config.data, Path(config.cache), system.size)
     if system.pad:
@@ -138,6 +139,9 @@ def read_data(config: Config, system):
         table = data.with_captions(table, config.captions)
     if config.paraphrases:
         table = data.with_paraphrases(table, config.paraphrases, config.strategy)
+    table = system.adopt(table)
+    for path in filter(None, (config.grid_prompts, config.test_prompts)):  # said now rather than after hours
+        system.check_prompts(read_prompts(path, system.columns))
     return table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
 
 
@@ -268,7 +272,8 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     system = systems.load(run.folder, config.weights or None, device=run.ranks.device)
     system.to(memory_format=torch.channels_last)
     out = run.folder / "test"
-    draw(system, read_prompts(config.test_prompts), Drawing(str(out), seed=config.seed), run.ranks, progress=True)
+    prompts = read_prompts(config.test_prompts, system.columns)
+    draw(system, prompts, Drawing(str(out), seed=config.seed), run.ranks, progress=True)
     if not run.ranks.first:
         return {}
     settings = measuring.Settings(weights=config.weights, cache=config.cache)

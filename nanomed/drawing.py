@@ -47,8 +47,9 @@ class Drawing:
 def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progress: bool = False) -> None:
     """Write OUT/{row}.png for every prompt, and manifest.jsonl when all are there.
 
-    Raises UsageError where OUT holds images of another drawing.
+    Raises UsageError where OUT holds images of another drawing, and DataError for prompts that the system cannot read.
     """
+    system.check_prompts([*prompts, how.negative])
     system.eval()
     if how.minmax:
         system.minmax = True

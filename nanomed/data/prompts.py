@@ -1,16 +1,20 @@
 """A file of prompts: what `sample.py --prompts` reads."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanomed.data.table import DataError, column, read_csv, read_text
 
+WORDS, CLASSES = ("prompt", "text", "caption"), ("label", "category", "class")  # columns
 
-def read_prompts(path: str | Path) -> list[str]:
+
+def read_prompts(path: str | Path, columns: Sequence[str] = (*WORDS, *CLASSES)) -> list[str]:
     """The prompts of a file, in order; repetitions stay.
 
-    A `.csv` or `.tsv` file needs a column `prompt`, `Prompt` or `text` (or one column alone); other columns are
-    ignored, and an empty prompt means: no condition. Any other file is one prompt a line.
+    A `.csv` or `.tsv` file needs a column `prompt`, `Prompt` or `text`, or one that names a class (or one column
+    alone): the first of `columns` that it has. Others are ignored, and an empty prompt means: no condition. Any other
+    file is one prompt a line.
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".tsv"):
@@ -22,7 +26,7 @@ def read_prompts(path: str | Path) -> list[str]:
         records = read_csv(path)
         if not records:
             raise DataError(f"{path}: no prompts below the header")
-        name = column(records[0][1], ("prompt", "text", "caption")) or _only(records[0][1])
+        name = column(records[0][1], columns) or _only(records[0][1])
         if name is None:
             names = ", ".join(records[0][1])
             raise DataError(f"{path}:1: no column prompt, Prompt or text in the header, which is: {names}")

@@ -20,8 +20,10 @@ FILES = {  # preset -> file in this folder and class in it
     "medart": "medart.MedArt", "medart-skin": "medart.MedArt",
     "medart-tiny": "medart_tiny.MedArtTiny",
     "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny.Kandinsky2Tiny",
+    "hunyuan": "hunyuan.Hunyuan", "hunyuan-tiny": "hunyuan.Hunyuan",
+    "dit-s8": "dit.ClassDiT", "dit-tiny": "dit.ClassDiT",
 }  # fmt: skip
-PUBLISHED = ("pixart", "kandinsky2")  # presets that `load` also reads as they were published
+PUBLISHED = ("pixart", "kandinsky2", "hunyuan", "dit-s8")  # presets that `load` also reads as they were published
 
 
 def _file(preset: str) -> ModuleType:

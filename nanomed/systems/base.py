@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.adapters import lora
+from nanomed.data.prompts import CLASSES, WORDS
+from nanomed.data.table import Table
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.systems.arithmetic import held
-from nanomed.systems.assembly import Assembled
+from nanomed.systems.assembly import Assembled, read_config
 
 
 @dataclass
@@ -50,6 +52,7 @@ class System(Assembled):
     diffusion   the noise that it trains on
     snr_gamma   min-SNR weighting of the training loss; 0 = none
     autoencoder name of the part that makes latents of images and images of latents
+    columns     of a file of prompts, the first that is there
     """
 
     size: int
@@ -64,6 +67,7 @@ class System(Assembled):
     diffusion: Diffusion
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
+    columns: tuple[str, ...] = (*WORDS, *CLASSES)
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -132,8 +136,9 @@ class System(Assembled):
         if not self.uses_text(stage):
             return {}
         fields = {"image": ("vae", self.image_moments)}
-        if "text_encoder" not in self.stages[stage]:
-            fields["text"] = ("text_encoder", self.states)
+        readers = [part for part in self.parts if part.startswith("text_encoder")]
+        if readers and not {*readers} & {*self.stages[stage]}:
+            fields["text"] = (" ".join(readers), self.states)
         return fields
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -154,6 +159,14 @@ class System(Assembled):
     def uses_text(self, stage: str) -> bool:
         """Whether a stage trains on (image, prompt) pairs and can be sampled; an autoencoder's sees images alone."""
         return stage != "vae"
+
+    def adopt(self, table: Table) -> Table:
+        """Learn from the data what must be known before training, as the names of its classes; returns what to train
+        on."""
+        return table
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises DataError for a prompt that `encode_text` could not read."""
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
@@ -176,12 +189,20 @@ class System(Assembled):
         return {"a step": step}
 
     def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
-        """Called once when a stage has ended, with batches of training images; returns what it measured."""
-        return {}
+        """Called once when a stage has ended, with batches of training images; returns what it measured. After that of
+        a KL autoencoder its latents are scaled to unit deviation."""
+        if stage != "vae":
+            return {}
+        deviation = self.vae.standardise(image_batches)
+        self.shapes["vae"]["scaling_factor"] = self.vae.scale
+        return {"latent_std": deviation}
 
     def resume(self, stage: str, folder: str | Path) -> None:
         """Take over what a finished stage left in `folder`: the parts it trained and what `finish` measured."""
         self.read_parts(folder, parts=self.stages[stage])
+        scale = (read_config(folder).get("vae") or {}).get("scaling_factor")
+        if stage == "vae" and scale:
+            self.vae.scale = self.shapes["vae"]["scaling_factor"] = scale
 
     def weight(self, part: str) -> Tensor:
         """A weight of a part, for `tensor.to`: where it lives, and its dtype."""
@@ -201,6 +222,39 @@ class System(Assembled):
         distinct = list(dict.fromkeys(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(self.device)
         return {name: tensor.to(self.device)[rows] for name, tensor in encode(distinct).items()}
+
+    # ------------------------------------------- for a denoiser of latents with `config` and `read_text` of a prompt
+
+    def read(self, text: Cond, height: int, width: int) -> Cond:
+        """What the denoiser is called with for images of a size in pixels, of what `encode_text` gives: all that is the
+        same in every step. Once for a prompt; differentiable."""
+        raise NotImplementedError
+
+    def conditions(
+        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
+    ) -> tuple[Cond, Cond]:
+        """The two conditions of guidance, for `guided` or hldf.py's `recomputed`: of the prompts, and of the negative
+        prompts (None: ""). They are read together, so that they are cut at the same length."""
+        negative = negative_prompts or [""] * len(prompts)
+        if len(negative) != len(prompts):
+            raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
+        both = self.read(self.encode_text([*negative, *prompts]), height, width)
+        null = {name: value[: len(prompts)] for name, value in both.items()}
+        return {name: value[len(prompts) :] for name, value in both.items()}, null
+
+    def noise_of(self, denoise: Denoise) -> Denoise:
+        """As many channels as latents have, which is the prediction; the rest is a variance that the sampler does not
+        use. The network sees x in its own dtype, the sampler computes in that of x."""
+        channels = self.latent_shape[0]
+        return lambda x, t: denoise(x.to(self.dtype), t)[:, :channels].to(x.dtype)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """(4, height / 8, width / 8) of a size in pixels."""
+        c = self.get_submodule(self.denoiser).config
+        factor = self.get_submodule(self.autoencoder).factor
+        if height % (factor * c.patch_size) or width % (factor * c.patch_size):
+            raise ValueError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
+        return c.in_channels, height // factor, width // factor
 
     # ------------------------------------------------------------------------------------------------------ training
 

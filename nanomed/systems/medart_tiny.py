@@ -3,18 +3,15 @@ finds published, an autoencoder and a base model that reads, from nothing and fr
 """
 
 import string
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanomed.data import grammar
 from nanomed.diffusion.process import Cond
 from nanomed.systems import medart
-from nanomed.systems.assembly import Found, read_config
+from nanomed.systems.assembly import Found
 from nanomed.systems.base import Reading
 from nanomed.systems.medart import MedArt
 from nanomed.text.unigram import T5Tokenizer, train_unigram
@@ -60,34 +57,8 @@ class MedArtTiny(MedArt):
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         if stage == "vae":
-            return self.reconstruction_loss(batch["image"])
+            return self.vae.loss(batch["image"])
         return super().forward(batch, stage, step)
-
-    def reconstruction_loss(self, images: Tensor) -> dict[str, Tensor]:
-        """MSE and L1 of an autoencoder's images, and 1e-6 of the KL divergence of its latents (Rombach et al. 2022)."""
-        mean, logvar = self.vae.moments(images).chunk(2, dim=1)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        out = self.vae.decode(z * self.vae.scale)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
-        l1 = F.l1_loss(out, images)
-        return {"loss": F.mse_loss(out, images) + l1 + 1e-6 * kl, "l1": l1.detach(), "kl": kl.detach()}
-
-    def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
-        """After the autoencoder: measure the standard deviation of its latents and scale them to 1 from now on."""
-        if stage != "vae":
-            return {}
-        means = torch.cat([self.vae.moments(images).chunk(2, dim=1)[0] for images in image_batches])
-        deviation = means.double().std().item()
-        self._scale_latents(1 / deviation)
-        return {"latent_std": deviation}
-
-    def _scale_latents(self, factor: float) -> None:
-        self.vae.scale = self.shapes["vae"]["scaling_factor"] = factor
-
-    def resume(self, stage: str, folder: str | Path) -> None:
-        super().resume(stage, folder)
-        if stage == "vae":
-            self._scale_latents(read_config(folder)["vae"]["scaling_factor"])
 
 
 def tiny_tokenizer(pieces: int) -> T5Tokenizer:

@@ -126,18 +126,6 @@ class PixArt(System):
             cond["aspect_ratio"] = torch.tensor([[height / width]] * rows, device=mask.device)
         return cond
 
-    def conditions(
-        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
-    ) -> tuple[Cond, Cond]:
-        """The two conditions of guidance, for `guided` or hldf.py's `recomputed`: of the prompts, and of the negative
-        prompts (None: ""). They are read together, so that they are cut at the same length."""
-        negative = negative_prompts or [""] * len(prompts)
-        if len(negative) != len(prompts):
-            raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
-        both = self.read(self.encode_text([*negative, *prompts]), height, width)
-        null = {name: value[: len(prompts)] for name, value in both.items()}
-        return {name: value[len(prompts) :] for name, value in both.items()}, null
-
     # ------------------------------------------------------------------------------------------------ training
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
@@ -182,19 +170,6 @@ class PixArt(System):
         """Latents from initial noise (B, 4, H, W), by DPM-Solver++ 2M. `denoise` is the transformer under guidance,
         with all its channels: `guided` or, to be differentiated in little memory, hldf.py's `recomputed`."""
         return samplers.dpmpp_2m(self.noise_of(denoise), self.diffusion, x, steps)
-
-    def noise_of(self, denoise: Denoise) -> Denoise:
-        """The first half of the channels, which is the noise; the rest is a variance that the samplers do not use. The
-        network sees x in its own dtype, the sampler computes in that of x."""
-        channels = self.latent_shape[0]
-        return lambda x, t: denoise(x.to(self.dtype), t)[:, :channels].to(x.dtype)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """(4, height / 8, width / 8) of a size in pixels."""
-        factor, c = self.vae.factor, self.transformer.config
-        if height % (factor * c.patch_size) or width % (factor * c.patch_size):
-            raise ValueError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
-        return c.in_channels, height // factor, width // factor
 
 
 def read_scheduler(folder: str | Path) -> dict:

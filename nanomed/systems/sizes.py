@@ -30,3 +30,20 @@ def cropped(images: Tensor, height: int, width: int) -> Tensor:
     images = F.interpolate(images, size=(rows, columns), mode="bilinear", align_corners=False)
     top, left = (rows - height) // 2, (columns - width) // 2
     return images[:, :, top : top + height, left : left + width]
+
+
+# Hunyuan-DiT's: the sizes of its training, height x width by the shape width / height, the first where two are as near
+STANDARD = {
+    1: ((1024, 1024), (1280, 1280)),
+    4 / 3: ((768, 1024), (864, 1152), (960, 1280)),
+    3 / 4: ((1024, 768), (1152, 864), (1280, 960)),
+    16 / 9: ((768, 1280),),
+    9 / 16: ((1280, 768),),
+}
+
+
+def standard(height: int, width: int) -> tuple[int, int]:
+    """The size of `STANDARD` whose shape is nearest to width / height, and of that shape the one whose area is."""
+    height, width = height // 16 * 16, width // 16 * 16
+    shape = min(STANDARD, key=lambda shape: abs(shape - width / height))
+    return min(STANDARD[shape], key=lambda size: abs(size[0] * size[1] - height * width))

@@ -42,7 +42,7 @@ class Judge:
         if self.config.grid_prompts:
             from nanomed.data.prompts import read_prompts
 
-            return read_prompts(self.config.grid_prompts)[: max(self.config.score_images, 16)]
+            return read_prompts(self.config.grid_prompts, self.system.columns)[: max(self.config.score_images, 16)]
         pairs = [prompt for row in self.valid.rows for prompt in row.prompts]
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.config.seed))
         return [pairs[i] for i in order[: max(self.config.score_images, 16)].tolist()]
