@@ -12,6 +12,7 @@ The authors' code hands pyradiomics one slice of a volume, for which that leaves
 (they are of three dimensions and need four slices); here they are of two, as the paper describes the features.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -59,8 +60,18 @@ def normalised(image: np.ndarray) -> np.ndarray:
 
 def resampled(image: np.ndarray) -> np.ndarray:
     """(H, W) to (H // STEP, W // STEP): cubic B-splines through the pixels, read midway between every two."""
-    rows, columns = (np.arange(side // STEP) * STEP + (STEP - 1) / 2 for side in image.shape)
-    return map_coordinates(image, np.meshgrid(rows, columns, indexing="ij"), order=3, mode="mirror")
+    rows, columns = (_spline(side) for side in image.shape)
+    return rows @ image @ columns.T
+
+
+# Each of these filters is linear along rows and then along columns: a matrix for each side, made once for its length.
+
+
+@functools.lru_cache(16)
+def _spline(side: int) -> np.ndarray:
+    """(side // STEP, side)"""
+    places = np.arange(side // STEP) * STEP + (STEP - 1) / 2
+    return np.stack([map_coordinates(line, places[None], order=3, mode="mirror") for line in np.eye(side)], 1)
 
 
 def derived(image: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,40 +83,42 @@ def derived(image: np.ndarray) -> dict[str, np.ndarray]:
 def wavelet(image: np.ndarray) -> dict[str, np.ndarray]:
     """One level of the stationary wavelet transform by coif1: low and high pass along each axis, at every pixel, the
     image repeated beyond its edges (an odd side by one pixel more of it)."""
-    low = COIF1
-    high = low[::-1] * (-1.0) ** np.arange(1, 7)
+    height, width = image.shape
     padded = np.pad(image, [(0, side % 2) for side in image.shape], mode="wrap")
+    (low, high), found = _passes(padded.shape[0]), {}
+    for x, columns in zip("LH", _passes(padded.shape[1])):
+        half = padded @ columns.T
+        found |= {x + y: (rows @ half)[:height, :width] for y, rows in zip("LH", (low, high))}
+    return {name: found[name] for name in ("LH", "HL", "HH", "LL")}
 
-    def along(x: np.ndarray, taps: np.ndarray, axis: int) -> np.ndarray:
-        return sum(tap * np.roll(x, k - 3, axis) for k, tap in enumerate(taps))
 
-    passes = {"L": low, "H": high}
-    found = {}
-    for columns, taps in passes.items():
-        half = along(padded, taps, 1)
-        found |= {columns + rows: along(half, passes[rows], 0) for rows in passes}
-    return {name: found[name][: image.shape[0], : image.shape[1]] for name in ("LH", "HL", "HH", "LL")}
+@functools.lru_cache(16)
+def _passes(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high pass (side, side) of a line that goes round."""
+    taps = COIF1, COIF1[::-1] * (-1.0) ** np.arange(1, 7)
+    return tuple(sum(tap * np.roll(np.eye(side), k - 3, 0) for k, tap in enumerate(line)) for line in taps)
 
 
 def laplacian(image: np.ndarray, sigma: float) -> np.ndarray:
     """sigma^2 times the Laplacian of the image smoothed by a Gaussian of `sigma` pixels, both by the recursive filters
     of Farneback and Westin (2006), which ITK uses: four steps forward and four back, whatever the sigma."""
-    smooth, bend = _gaussian(sigma)
-    down = _recursive(_recursive(image, bend, 0), smooth, 1)
-    across = _recursive(_recursive(image, bend, 1), smooth, 0)
-    return down + across
+    (smooth_y, bend_y), (smooth_x, bend_x) = (_recursive(side, sigma) for side in image.shape)
+    return bend_y @ image @ smooth_x.T + smooth_y @ image @ bend_x.T
 
 
-def _recursive(x: np.ndarray, filters: tuple[np.ndarray, np.ndarray, np.ndarray], axis: int) -> np.ndarray:
-    """Forward and backward pass along an axis; beyond its ends the line goes on as it ends."""
-    forward, backward, feedback = filters
-    x = np.moveaxis(x, axis, -1)
+@functools.lru_cache(32)
+def _recursive(side: int, sigma: float) -> list[np.ndarray]:
+    """The Gaussian and sigma^2 times its second derivative as matrices (side, side): what a forward and a backward pass
+    make of a line that goes on beyond its ends as it ends."""
 
-    def one(line: np.ndarray, taps: np.ndarray) -> np.ndarray:
-        start = lfilter_zi(taps, feedback)
-        return lfilter(taps, feedback, line, axis=-1, zi=start * line[..., :1])[0]
+    def one(lines: np.ndarray, taps: np.ndarray, feedback: np.ndarray) -> np.ndarray:
+        return lfilter(taps, feedback, lines, zi=lfilter_zi(taps, feedback) * lines[:, :1])[0]
 
-    return np.moveaxis(one(x, forward) + one(x[..., ::-1], backward)[..., ::-1], -1, axis)
+    eye = np.eye(side)
+    return [
+        (one(eye, forward, feedback) + one(eye[:, ::-1], backward, feedback)[:, ::-1]).T
+        for forward, backward, feedback in _gaussian(sigma)
+    ]
 
 
 def _gaussian(sigma: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 EPS = np.spacing(1.0)  # pyradiomics adds it inside logarithms
-STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))  # the four directions
+STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))  # the four directions: rows down, columns to the right
 
 FIRST_ORDER = (
     "Energy TotalEnergy Entropy Minimum 10Percentile 90Percentile Maximum Mean Median InterquartileRange Range "
@@ -58,20 +58,32 @@ def first_order(values: np.ndarray, levels: np.ndarray, shift: float = 0.0) -> l
     before squares of values, so that they count from above 0."""
     x = values.astype(np.float64)
     p = np.bincount(levels) / len(levels)
-    p = p[p > 0]
-    p10, p25, p50, p75, p90 = np.percentile(x, (10, 25, 50, 75, 90))
-    mean, energy = x.mean(), np.square(x + shift).sum()
-    off = x - mean
+    low, p10, p25, p50, p75, p90, high = _quantiles(x, (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1))
+    mean, shifted = x.mean(), x + shift
+    energy, off = shifted @ shifted, x - mean
     squares = off * off
-    m2, m3, m4 = squares.mean(), (squares * off).mean(), (squares * squares).mean()
+    m2, m3, m4 = squares.mean(), squares @ off / len(x), squares @ squares / len(x)
     flat = m2 or 1.0
     inner = x[(x >= p10) & (x <= p90)]  # none of two
     robust = np.abs(inner - inner.mean()).mean() if len(inner) else np.nan
     return [
-        energy, energy, -(p * np.log2(p + EPS)).sum(), x.min(), p10, p90, x.max(), mean, p50, p75 - p25,
-        x.max() - x.min(), np.abs(off).mean(), robust, np.sqrt(energy / len(x)),
-        m3 / flat**1.5, m4 / flat**2, m2, (p * p).sum(),
+        energy, energy, entropy(p), low, p10, p90, high, mean, p50, p75 - p25, high - low, np.abs(off).mean(),
+        robust, np.sqrt(energy / len(x)), m3 / flat**1.5, m4 / flat**2, m2, p @ p,
     ]  # fmt: skip
+
+
+def _quantiles(x: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    """Of values, between two of them in proportion."""
+    place = np.array(shares) * (len(x) - 1)
+    below = place.astype(int)
+    above = np.minimum(below + 1, len(x) - 1)
+    x = np.partition(x, np.unique([below, above]))
+    return x[below] + (x[above] - x[below]) * (place - below)
+
+
+def entropy(p: np.ndarray) -> float:
+    """In bits, of shares p (N,)."""
+    return -(p @ np.log2(p + EPS))
 
 
 # ------------------------------------------------------------------------------------------------------------- pairs
@@ -79,48 +91,53 @@ def first_order(values: np.ndarray, levels: np.ndarray, shift: float = 0.0) -> l
 
 def glcm(levels: np.ndarray, more: bool = False) -> list[float]:
     """GLCM (and GLCM_MORE) of grey levels (H, W): means over the directions in which there are pairs, else NaN."""
-    found = []
-    for down, right in STEPS:
-        left, start = max(0, -right), max(0, right)
-        a = levels[: len(levels) - down, left : levels.shape[1] - start]
-        b = levels[down:, start : levels.shape[1] - left]
-        both = (a > 0) & (b > 0)
-        if both.any():
-            found.append(_of_pairs(a[both], b[both], int(levels.max()), more))
+    flat, steps = _flat(levels)
+    top, found = int(levels.max()), []
+    for step in steps:
+        a, b = flat[:-step], flat[step:]
+        counts = np.bincount(np.minimum(a, b) * (top + 1) + np.maximum(a, b))
+        counts[: top + 1] = 0  # pairs with a pixel of no level
+        if counts.any():
+            found.append(_of_pairs(counts, top, more))
     return np.mean(found, 0).tolist() if found else [np.nan] * (len(GLCM) + len(GLCM_MORE) * more)
 
 
-def _of_pairs(a: np.ndarray, b: np.ndarray, top: int, more: bool) -> list[float]:
-    """The features of one direction. A pair counts both ways, so i <= j say it all: of P, entry (i, j) and (j, i) hold
-    half of the share c of the pairs each, entry (i, i) the whole."""
-    counts = np.bincount(np.minimum(a, b) * (top + 1) + np.maximum(a, b))
+def _flat(levels: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The pixels one after the other with a 0 behind each row, and how far apart the two of a pair are in each of
+    STEPS: whatever leaves the image meets a 0."""
+    padded = np.pad(levels, ((0, 1), (0, 1)))
+    return padded.ravel(), [down * padded.shape[1] + right for down, right in STEPS]
+
+
+def _of_pairs(counts: np.ndarray, top: int, more: bool) -> list[float]:
+    """The features of one direction, from how often levels i <= j are a pair, at i (top + 1) + j. A pair counts both
+    ways: of P, entry (i, j) and (j, i) hold half of the share c of the pairs each, entry (i, i) the whole."""
     codes = np.flatnonzero(counts)
-    c, (i, j) = counts[codes] / len(a), np.divmod(codes, top + 1)
+    i, j = np.divmod(codes, top + 1)
+    c = counts[codes] / counts[codes].sum()
     entry = np.where(i == j, c, c / 2)
-    px = np.bincount(i, c / 2, top + 1) + np.bincount(j, c / 2, top + 1)
+    px = (np.bincount(i, c, top + 1) + np.bincount(j, c, top + 1)) / 2
     sums, differences = np.bincount(i + j, c), np.bincount(j - i, c)
-    k, d = np.arange(len(sums)), np.arange(len(differences))
-    level = np.arange(top + 1)
-    mean = (level * px).sum()
-    off = k - 2 * mean
+    k, d, level = (np.arange(n, dtype=np.float64) for n in (len(sums), len(differences), top + 1))
+    mean, average = level @ px, d @ differences
+    off, dd = k - 2 * mean, d * d
     squares = off * off
-    variance = (px * (level - mean) ** 2).sum()
-    average = (d * differences).sum()
-    joint, hx = -(c * np.log2(entry + EPS)).sum(), -(px * np.log2(px + EPS)).sum()
-    apart = -(c * np.log2(px[i] * px[j] + EPS)).sum()
+    weighted = sums * squares
+    variance = px @ (level - mean) ** 2
+    joint, hx = -(c @ np.log2(entry + EPS)), entropy(px)
+    apart = -(c @ np.log2(px[i] * px[j] + EPS))
     # The entropy of px(i) px(j) is twice that of px but for EPS in its logarithms, which is below 1e-11.
     imc2 = np.sqrt(max(1 - np.exp(-2 * max(2 * hx - joint, 0.0)), 0.0))
     found = [
-        (c * i * j).sum(), mean, (sums * squares * squares).sum(), (sums * squares * off).sum(),
-        (sums * squares).sum(), (differences * d * d).sum(),
-        (c * (i - mean) * (j - mean)).sum() / (variance + EPS) if variance else 1.0,
-        average, -(differences * np.log2(differences + EPS)).sum(), (differences * (d - average) ** 2).sum(),
-        (c * entry).sum(), joint, (joint - apart) / hx if hx else 0.0, imc2,
-        (differences / (1 + d * d)).sum(), (differences / (1 + d * d / top**2)).sum(),
-        (differences / (1 + d)).sum(), (differences / (1 + d / top)).sum(),
-        (differences[1:] / (d[1:] * d[1:])).sum(), entry.max(), -(sums * np.log2(sums + EPS)).sum(), variance,
+        c @ (i * j), mean, weighted @ squares, weighted @ off, weighted.sum(), differences @ dd,
+        c @ ((i - mean) * (j - mean)) / (variance + EPS) if variance else 1.0,
+        average, entropy(differences), differences @ (d - average) ** 2,
+        c @ entry, joint, (joint - apart) / hx if hx else 0.0, imc2,
+        differences @ (1 / (1 + dd)), differences @ (1 / (1 + dd / top**2)),
+        differences @ (1 / (1 + d)), differences @ (1 / (1 + d / top)),
+        differences[1:] @ (1 / dd[1:]), entry.max(), entropy(sums), variance,
     ]  # fmt: skip
-    return [*found, (k * sums).sum(), _correlation(i, j, entry, px)] if more else found
+    return [*found, k @ sums, _correlation(i, j, entry, px)] if more else found
 
 
 def _correlation(i: np.ndarray, j: np.ndarray, entry: np.ndarray, px: np.ndarray) -> float:
@@ -166,22 +183,22 @@ def _lines(shape: tuple[int, int]) -> list[np.ndarray]:
 
 def zones(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Level and size of every connected zone of one grey level: pixels touch along sides and at corners."""
-    number = np.arange(levels.size).reshape(levels.shape)
-    ends: list[list[np.ndarray]] = [[], []]
-    for down, right in STEPS:
-        left, start = max(0, -right), max(0, right)
-        a = np.s_[: len(levels) - down, left : levels.shape[1] - start]
-        b = np.s_[down:, start : levels.shape[1] - left]
-        same = (levels[a] == levels[b]) & (levels[a] > 0)
-        ends[0].append(number[a][same])
-        ends[1].append(number[b][same])
-    first, second = (np.concatenate(side) for side in ends)
-    graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(levels.size,) * 2)
+    flat, (one, row, back, slash) = _flat(levels)
+    same = {step: (flat[:-step] == flat[step:]) & (flat[:-step] > 0) for step in (one, row, back, slash)}
+    right = np.append(same[one], False)
+    # A corner says nothing new where a side joins its pixels, nor does a side below one that joins the same two rows.
+    same[back] &= ~(right[:-back] | right[row : len(right) - one])
+    same[slash][1:] &= ~(right[: -slash - 1] | right[slash + 1 :])
+    same[row][1:] &= ~(right[: -row - 1] & right[row:-1] & same[row][:-1])
+    first = [np.flatnonzero(joined) for joined in same.values()]
+    second = [places + step for places, step in zip(first, same)]
+    ends = np.concatenate(first), np.concatenate(second)
+    graph = coo_array((np.ones(len(ends[0])), ends), shape=(len(flat),) * 2)
     labels = connected_components(graph, directed=False)[1]
-    inside = levels.ravel() > 0
+    inside = flat > 0
     size = np.bincount(labels[inside], minlength=labels.max() + 1)
     level = np.zeros(len(size), dtype=np.int64)
-    level[labels] = levels.ravel()
+    level[labels] = flat
     return level[size > 0], size[size > 0]
 
 
@@ -202,19 +219,17 @@ def gldm(levels: np.ndarray) -> list[float]:
 def _of_table(level: np.ndarray, size: np.ndarray, pixels: int) -> list[float]:
     """The 16 features that runs, zones and dependences share, from the level (N,) and size (N,) of each."""
     n, by_level, by_size = len(level), np.bincount(level), np.bincount(size)
-    i, j = np.arange(len(by_level)), np.flatnonzero(by_size)
+    i, j = np.arange(len(by_level), dtype=np.float64), np.flatnonzero(by_size)
     place = np.cumsum(by_size > 0) - 1  # of a size among those that occur
     counts = np.bincount(level * len(j) + place[size])
     codes = np.flatnonzero(counts)
-    p, light, long = counts[codes] / n, 1.0 * (codes // len(j)) ** 2, 1.0 * j[codes % len(j)] ** 2
-    pg, ps = by_level / n, by_size[j] / n
-    squares = 1.0 * j * j
+    p, light, long = counts[codes] / n, (codes // len(j)) ** 2.0, (j * j * 1.0)[codes % len(j)]
+    inverse = p / long
+    pg, ps, squares = by_level / n, by_size[j] / n, j * j * 1.0
     return [
-        (ps / squares).sum(), (ps * squares).sum(), (pg * by_level).sum(), (pg * pg).sum(),
-        (ps * by_size[j]).sum(), (ps * ps).sum(), n / pixels,
-        (pg * (i - (pg * i).sum()) ** 2).sum(), (ps * (j - (ps * j).sum()) ** 2).sum(),
-        -(p * np.log2(p + EPS)).sum(), (pg[1:] / i[1:] ** 2).sum(), (pg * i * i).sum(),
-        (p / (light * long)).sum(), (p * light / long).sum(), (p * long / light).sum(), (p * light * long).sum(),
+        ps @ (1 / squares), ps @ squares, pg @ by_level, pg @ pg, ps @ by_size[j], ps @ ps, n / pixels,
+        pg @ (i - pg @ i) ** 2, ps @ (j - ps @ j) ** 2, entropy(p), pg[1:] @ (1 / i[1:] ** 2), pg @ (i * i),
+        inverse @ (1 / light), inverse @ light, (p * long) @ (1 / light), (p * long) @ light,
     ]  # fmt: skip
 
 
@@ -225,11 +240,18 @@ def _neighbours(levels: np.ndarray) -> np.ndarray:
     return np.stack([padded[y : y + height, x : x + width] for y, x in steps])
 
 
+def _sums(x: np.ndarray) -> np.ndarray:
+    """Sums over the 3 x 3 pixels around each that has them all."""
+    x = x[:-2] + x[1:-1] + x[2:]
+    return x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+
+
 def ngtdm(levels: np.ndarray) -> list[float]:
     """NGTDM of grey levels (H, W)."""
-    around, inside = _neighbours(levels), levels > 0
-    known, level = (around > 0).sum(0)[inside], levels[inside]
-    average = around.sum(0)[inside] / np.maximum(known, 1)
+    inside = levels > 0
+    level = levels[inside]
+    known, around = (_sums(np.pad(x, 1))[inside] for x in (inside.astype(np.int64), levels))
+    known, average = known - 1, (around - level) / np.maximum(known - 1, 1)
     apart = np.where(known > 0, np.abs(level - average), 0.0)
     counts = np.bincount(level)
     i = np.flatnonzero(counts)
