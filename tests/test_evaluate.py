@@ -20,14 +20,14 @@ from nanomed.data import clef, toy
 from nanomed.data.table import DataError
 from nanomed.evaluation import final, imagesets, measuring, toyworld
 from nanomed.metrics import clef as organisers
-from nanomed.metrics import diversity, entries, features, scores
+from nanomed.metrics import diversity, entries, features, frd, scores
 from nanomed.metrics.features import inception_features
 from nanomed.metrics.networks import inception, vit
 from nanomed.run import files
 from nanomed.run.flags import UsageError
 
 ROOT = Path(__file__).parents[1]
-OWN: set[str] = set()  # metrics that need no file
+OWN = {"frd"}  # metrics that need no file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -681,6 +681,23 @@ def test_authenticity_and_vendi_are_measured_on_the_same_features(run, folders, 
         assert entry["interval"]["low"] <= entry["value"] <= entry["interval"]["high"]
         assert entry["floor"]["n"] == 20 and "below 2,048" in entry["flag"]
     assert results["Vendi score"]["floor"]["method"] == "the Vendi score of real images"
+
+
+def test_frd_is_measured_without_a_network_once_for_every_image(run, folders, monkeypatch):
+    """Both versions on the features of the same files; 12 images for 693 features have a singular covariance."""
+    words = ("--real", folders / "other", "--fake", folders / "fake", "--metrics", "frd")
+    seen, features_of = [], frd.features
+    monkeypatch.setattr(frd, "features", lambda image: seen.append(0) or features_of(image))
+    results = run(*words, inception=False)
+    sides = [[features_of(np.asarray(Image.open(path).convert("RGB"))) for path in sorted(where.iterdir())]
+             for where in (folders / "other", folders / "fake")]  # fmt: skip
+    v1, v0 = ([torch.from_numpy(np.stack([one[key] for one in side])) for side in sides] for key in ("v1", "v0"))
+    assert set(results) == {"FRD v1", "FRD v0"}
+    assert results["FRD v1"]["value"] == pytest.approx(frd.distance_v1(*v1), rel=1e-12)
+    assert results["FRD v0"]["value"] == pytest.approx(frd.distance_v0(*v0), rel=1e-12)
+    assert results["FRD v1"]["flag"] == "N = 12 for 693 features: their covariance is singular; compare at equal N only"
+    assert results["FRD v1"]["floor"]["n"] == 6 and len(seen) == 32
+    assert run(*words, inception=False) == results and len(seen) == 32
 
 
 def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys):

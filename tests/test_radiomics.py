@@ -6,12 +6,14 @@ those libraries keep them.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from nanomed.metrics import frd, radiomics
+from nanomed.metrics import frd, radiomics, scores
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "radiomics.json").read_text())
 
@@ -47,3 +49,56 @@ def test_derived_images_are_those_of_simpleitk_and_pywavelets():
         near(image, f"wavelet-{bands}", 1e-12)
     for sigma in (2, 3, 4, 5):
         near(frd.laplacian(small, sigma / 2), f"log-sigma-{sigma}-0-mm-3D", 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- distances
+
+
+def test_all_features_of_an_image_are_those_of_its_nine_images():
+    image = np.stack([np.array(GOLDEN["picture"], dtype=np.uint8)] * 3, 2)  # grey, so that mode L changes nothing
+    found = frd.features(image)
+    assert found["v1"].shape == (9 * 77,) and found["v0"].shape == (93,)
+    small = frd.resampled(frd.normalised(np.array(GOLDEN["picture"])))
+    images = [small, *(frd.laplacian(small, sigma / 2) for sigma in (2, 3, 4, 5)), *frd.wavelet(small).values()]
+    for i, one in enumerate(images):
+        mine = radiomics.features(one, width=5, shift=300)
+        assert np.array_equal(found["v1"][77 * i : 77 * (i + 1)], mine)
+    plain = radiomics.features(np.array(GOLDEN["picture"], dtype=float), width=25, everything=True)
+    assert np.array_equal(found["v0"], plain)
+
+
+def test_odd_sides_and_one_grey_level_have_features_and_tiny_images_are_refused():
+    found = frd.features(np.full((33, 41, 3), 9, np.uint8))
+    assert np.isfinite(found["v0"]).all() and np.isfinite(found["v1"]).all()
+    with pytest.raises(ValueError, match="7 x 9 pixels has no texture; 8"):
+        frd.features(np.zeros((9, 7, 3), np.uint8))
+    for image, mask in ((np.zeros((4, 4)), np.zeros((4, 4))), (np.zeros((4, 4)), np.ones((4, 5)))):
+        with pytest.raises(ValueError, match="no features"):
+            radiomics.features(image, mask)
+    with pytest.raises(ValueError, match="not finite"):
+        radiomics.features(np.full((4, 4), np.nan))
+
+
+def test_v1_is_the_logarithm_of_the_distance_in_deviations_of_the_real_images():
+    """Independent columns have a closed form: sum of (difference of means / s)^2 + (1 - s_fake / s)^2."""
+    draw = torch.Generator().manual_seed(4)
+    base = torch.randn(500, 6, generator=draw, dtype=torch.float64)
+    base = torch.linalg.qr(base - base.mean(0))[0] * 499**0.5  # uncorrelated columns of deviation 1
+    scale, mean = torch.tensor([1e-3, 1, 50, 2, 9, 1e6]).double(), torch.tensor([1.0, 2, 3, 4, 5, 6]).double()
+    real, fake = base * scale + mean, base * scale * 1.5 + mean + scale * 0.2
+    n = 500 / 499  # the package's deviation is over N, the covariance over N - 1
+    expected = math.log(6 * (0.2**2 * n + 0.5**2 * n))
+    assert frd.distance_v1(real, fake) == pytest.approx(expected, abs=1e-9)
+    odd = torch.cat([real, torch.full((500, 1), 7.0), torch.full((500, 1), float("nan"))], 1)
+    assert frd.distance_v1(odd, torch.cat([fake, fake[:, :2]], 1)) == pytest.approx(expected, abs=1e-9)
+    assert frd.distance_v1(real, real) < math.log(1e-9)
+    with pytest.raises(ValueError, match="no radiomic feature varies"):
+        frd.distance_v1(torch.ones(9, 3), torch.ones(9, 3))
+
+
+def test_v0_scales_every_feature_by_its_range_over_both_sets():
+    real = torch.tensor([[0.0, 5.0, 1.0], [1.0, 5.0, float("nan")], [2.0, 5.0, 3.0]]).double()
+    fake = torch.tensor([[2.0, 5.0, 1.0], [3.0, 5.0, 1.0], [4.0, 5.0, 2.0]]).double()
+    a = torch.tensor([[0.0, 0.5, 0.0], [0.25, 0.5, 0.5], [0.5, 0.5, 1.0]]).double() * frd.RANGE_V0
+    b = torch.tensor([[0.5, 0.5, 0.0], [0.75, 0.5, 0.0], [1.0, 0.5, 0.5]]).double() * frd.RANGE_V0
+    assert frd.distance_v0(real, fake) == pytest.approx(scores.frechet_distance(a, b), rel=1e-12)

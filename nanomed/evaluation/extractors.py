@@ -8,6 +8,7 @@ swav        pooled features of SwAV's ResNet-50
 cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
 fbd         image embeddings of BiomedCLIP
 clip        image embeddings of CLIP ViT-B/32, which CLIPScore takes the cosine of with those of the prompts
+radiomic    radiomic features, without a network: FRD
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
 
@@ -22,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from nanomed import weights
+from nanomed.data.table import DataError
 from nanomed.evaluation.store import Extractor
-from nanomed.metrics import clef, features
+from nanomed.metrics import clef, features, frd
 from nanomed.metrics.networks import biomedclip, classifier, dinov2, resnet
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
@@ -185,6 +187,21 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     pickle = folder / transformers.PICKLE
     return weights.read_pickle(pickle) if pickle.is_file() and not any(folder.glob("model*.safetensors*")) else (
         weights.read(folder, "model"))  # fmt: skip
+
+
+def radiomic(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 693), "v0": (N, 93)} in float64, of images of any size, one after the other; no file is needed
+    and no device used. Raises DataError for an image that is too small."""
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        try:
+            found = [frd.features(image) for image in images]
+        except ValueError as error:
+            raise DataError(f"--metrics frd: {error}") from None
+        names = {"features": "v1", "v0": "v0"}
+        return {name: torch.from_numpy(np.stack([one[key] for one in found])) for name, key in names.items()}
+
+    return Extractor("Radiomics", "as pyradiomics 3.0.1", "", columns)
 
 
 def stand_in(folder: str, batch: int, device: Device) -> Extractor | None:

@@ -28,7 +28,7 @@ from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
     "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
-    "fbd", "clip", "memorisation", "colour", "faithfulness", "classify",
+    "fbd", "frd", "clip", "memorisation", "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
@@ -39,6 +39,7 @@ OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a 
     "cmmd": extractors.cmmd,
     "swav": extractors.swav,
     "fbd": extractors.fbd,
+    "frd": extractors.radiomic,
     "clip": extractors.clip,
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
@@ -309,6 +310,9 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
         results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
     if "cmmd" in networks:
         results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
+    if "frd" in networks:
+        sides = [{key: found["frd"][images.hashes][key] for key in ("features", "v0")} for images in (real, fake)]
+        results |= entries.radiomic(*sides, networks["frd"].protocol, settings.intervals, settings.seed)
     main = networks.get("main")
     if main is None:
         return results

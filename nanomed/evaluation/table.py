@@ -15,7 +15,7 @@ Results = Mapping[str, Mapping]
 DECISIVE = {"protocol": "protocol", "network": "network", "real": "real images"}
 
 _DECIMALS = {"FID": 4, "KID": 5, "IS": 3, "KFD": 4, "HFD": 4}  # the papers' digits or more; others have 4
-_LOWER = ("FID", "KID", "KFD", "HFD", "FD-DINOv2", "CMMD", "SwAV-FD", "FBD", "distance", "copies")
+_LOWER = ("FID", "KID", "KFD", "HFD", "FD-DINOv2", "CMMD", "SwAV-FD", "FBD", "FRD", "distance", "copies")
 _HIGHER = ("IS", "CLIPScore", "precision", "recall", "F1", "density", "coverage", "classifier", "faithfulness",
            "yes/no", "position")  # fmt: skip
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.metrics import clef, colour, diversity, scores, uncertainty
+from nanomed.metrics import clef, colour, diversity, frd, scores, uncertainty
 
 SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
@@ -206,6 +206,31 @@ def clip_score(
     if of_real is not None:
         entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
     return {name: entry | small(len(each))}
+
+
+def radiomic(
+    real: Mapping[str, Tensor], fake: Mapping[str, Tensor], protocol: str, sure: bool = True, seed: int = 0
+) -> Entries:
+    """FRD v1 and v0 from {"features": (N, 693), "v0": (N, 93)} of both sets."""
+    entries: Entries = {}
+    for name, column, distance, how in (
+        ("FRD v1", "features", frd.distance_v1, "log of the squared distance"),
+        ("FRD v0", "v0", frd.distance_v0, "scaled to 7.457"),
+    ):
+        a, b = real[column], fake[column]
+        n, width = min(len(a), len(b)), a.shape[1]
+        entry = {"value": distance(a, b), "protocol": f"{protocol}, {width} features, {how}", "n_real": len(a),
+                 "n_fake": len(b)} | small(n, biased=True)  # fmt: skip
+        if n <= width:
+            entry["flag"] = f"N = {n:,} for {width} features: their covariance is singular; compare at equal N only"
+        if sure and n >= 2 * GROUPS:
+            low = 0.0 if name == "FRD v0" else -np.inf
+            ends = uncertainty.interval(distance, a, b, groups=GROUPS, seed=seed, support=(low, np.inf))
+            entry |= interval(ends, jackknife(GROUPS))
+        if sure and len(a) >= 4:
+            entry |= _floor(*uncertainty.floor(distance, a, n, seed))
+        entries[name] = entry
+    return entries
 
 
 def imageclef2024(real: Tensor, fake: Tensor, network: str, sure: bool = True, seed: int = 0) -> Entries:

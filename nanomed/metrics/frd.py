@@ -162,15 +162,17 @@ def _gaussian(sigma: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def distance_v1(real: Tensor, fake: Tensor) -> float:
-    """log of the squared Frechet distance of v1's features (N, D); -inf for equal sets. Features that are constant or
-    not defined among the real images are left out, and so are those not defined among the fakes."""
+    """log of the squared Frechet distance of v1's features (N, D), which rounding leaves anywhere below 1e-9 for equal
+    sets: never less than log 1e-12. Features that are constant among the real images, or not defined for some image of
+    either set, are left out. Raises ValueError where none remains."""
     scores.check(2, real.nan_to_num(0.0), fake.nan_to_num(0.0))
     real, fake = real.double(), fake.double()
     mean, deviation = real.mean(0), real.std(0, correction=0)
     kept = (deviation > 1e-9 * mean.abs()) & ~real.isnan().any(0) & ~fake.isnan().any(0)
     sides = [(x[:, kept] - mean[kept]) / deviation[kept] for x in (real, fake)]
-    squared = scores.frechet_distance(*sides)
-    return math.log(squared) if squared > 0 else -math.inf
+    if not kept.any():
+        raise ValueError("no radiomic feature varies among the real images")
+    return math.log(max(scores.frechet_distance(*sides), 1e-12))
 
 
 def distance_v0(real: Tensor, fake: Tensor) -> float:
