@@ -18,7 +18,7 @@ from nanomed.data.table import DataError
 from nanomed.evaluation import extractors, imagesets, toyworld
 from nanomed.evaluation.imagesets import ImageSet, Survey
 from nanomed.evaluation.statistics import Statistics
-from nanomed.evaluation.store import Extractor, Store
+from nanomed.evaluation.store import Extractor, Store, cached_as
 from nanomed.metrics import downstream, entries, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
@@ -27,11 +27,11 @@ from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
-    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
+    "fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
     "fbd", "frd", "clip", "memorisation", "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
-OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
+OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi"}
 OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a folder of weights, a batch, a device
     "kfd": partial(extractors.vit, vit.KVASIR),
     "hfd": partial(extractors.vit, vit.SKIN),
@@ -44,7 +44,7 @@ OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a 
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
-FOREIGN = ("kid", "pr", "dc", "authenticity", "vendi")  # to that protocol, which has FID and IS
+FOREIGN = ("kid", "pr", "dc", "fbeta", "authenticity", "vendi")  # to that protocol, which has FID and IS
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Settings:
     intervals: bool = True
     skip_bad: bool = False
     batch: int = 32
+    k: int = entries.K
     seed: int = 2204
 
 
@@ -221,6 +222,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
         reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
     elif name in entries.LEAST or name in OF_THEIR_OWN and name != "clip":
         need = entries.LEAST.get("dc" if name == "dino" else name, 2)
+        need = max(need, settings.k + 1) if name in ("pr", "dino") else need
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
         if least < need:
@@ -306,7 +308,7 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     if "dino" in networks:
         dino = _measured(networks["dino"], found["dino"], real, fake, settings, device)
         results |= dino.frechet("FD-DINOv2")
-        among = _repeated(dino, ["pr", "dc", *({"authenticity", "vendi"} & set(wanted))])
+        among = _repeated(dino, ["pr", "dc", *({"fbeta", "authenticity", "vendi"} & set(wanted))])
         results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
     if "cmmd" in networks:
         results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
@@ -340,6 +342,8 @@ def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Stati
     features = found[fake.hashes]["features"].to(device)
     mean, covariance = known.mean.to(device), known.covariance.to(device)
     protocol = f"{network.name}, {network.protocol}"
+    if known.of and known.of != cached_as(network):
+        raise ValueError(f"holds features of {known.of}, and those of the images are of {cached_as(network)}")
     label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
     return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network,
                                                  settings.intervals, settings.seed)}  # fmt: skip
@@ -352,6 +356,8 @@ def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:
         results |= sets.precision_recall()
     if "dc" in wanted:
         results |= sets.density_coverage()
+    if "fbeta" in wanted:
+        results |= sets.f_beta()
     if "authenticity" in wanted:
         results |= sets.authenticity()
     if "vendi" in wanted:
@@ -364,7 +370,7 @@ def _measured(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, s
     protocol = network.name if stand_in else f"{network.name}, {network.protocol}"
     features = [found[images.hashes]["features"].to(device) for images in (real, fake)]
     prefix = f"{STAND_IN.split()[0]} " if stand_in else ""
-    return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed)
+    return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed, settings.k)
 
 
 def _memorisation(sets: Sets, eyes: Eyes, found, networks, settings) -> tuple[memorisation.Memorisation, Entries]:
