@@ -4,6 +4,7 @@ Features are (N, D) tensors of one network, as in scores.py; memory grows with N
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -72,8 +73,10 @@ def clusters(real: Tensor, fake: Tensor, count: int = 20, repeats: int = 10, see
     scores.check(1, real, fake)
     both = torch.cat([real, fake]).float().cpu().numpy()
     count, draw, found = min(count, len(both)), np.random.default_rng(seed), []
-    for _ in range(repeats):
-        found.append(kmeans2(both, count, iter=20, minit="++", rng=draw, missing="warn")[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a centre that nothing is nearest to: an empty bin, where images repeat
+        for _ in range(repeats):
+            found.append(kmeans2(both, count, iter=20, minit="++", rng=draw)[1])
     bins = torch.from_numpy(np.stack(found, 1)).long()
     return bins[: len(real)], bins[len(real) :]
 
