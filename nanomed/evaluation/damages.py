@@ -281,8 +281,8 @@ def page(found: Mapping, side: int) -> str:
     legend = (
         f"{SIGNS['monotone']} moves the right way with every strength, {SIGNS['right']} the right way but not at every "
         f"strength, {SIGNS['wrong']} the wrong way or there and back, {SIGNS['still']} within the interval of "
-        f"undamaged images. Below the curve: from how many images on the interval of strength {MIDDLE} is clear of the undamaged "
-        f"value (among {', '.join(map(str, found['counts']))}); a dash: at none of them."
+        f"undamaged images. Beside it: from how many images on the interval of strength {MIDDLE} is clear of the "
+        f"undamaged value (among {', '.join(map(str, found['counts']))}); a dash: at none of them."
     )
     return webpage.page(
         "Which number to believe",
