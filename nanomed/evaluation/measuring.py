@@ -28,7 +28,7 @@ from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
     "fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
-    "fbd", "frd", "clip", "memorisation", "colour", "faithfulness", "classify",
+    "fbd", "frd", "clip", "biomedclip", "memorisation", "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
 OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi"}
@@ -41,6 +41,11 @@ OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a 
     "fbd": extractors.fbd,
     "frd": extractors.radiomic,
     "clip": extractors.clip,
+    "biomedclip": extractors.biomedclip,
+}
+OF_PROMPTS = {  # metrics that compare an image with its prompt: the name of the score and the tower that reads
+    "clip": ("CLIPScore", extractors.clip_prompts),
+    "biomedclip": ("BiomedCLIP score", extractors.biomedclip_prompts),
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
@@ -186,8 +191,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             notes.append(f"memorisation is left out: {error}")
     if "faithfulness" in wanted:
         outcome.shared |= _faithfulness(fake, asked if lacking is None else ())
-    if "clip" in networks:
-        outcome.shared |= _clip_score(sets, networks["clip"], found["clip"], settings, ranks.device)
+    for name in filter(networks.__contains__, OF_PROMPTS):
+        outcome.shared |= _clip_score(sets, name, networks[name], found[name], settings, ranks.device)
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
@@ -218,9 +223,9 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
     reason = ""
-    if not sets.reals and name not in ("fid", "faithfulness", "clip"):
+    if not sets.reals and name not in ("fid", "faithfulness", *OF_PROMPTS):
         reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
-    elif name in entries.LEAST or name in OF_THEIR_OWN and name != "clip":
+    elif name in entries.LEAST or name in OF_THEIR_OWN and name not in OF_PROMPTS:
         need = entries.LEAST.get("dc" if name == "dino" else name, 2)
         need = max(need, settings.k + 1) if name in ("pr", "dino") else need
         if name == "is" and settings.protocol != ORGANISERS:
@@ -237,7 +242,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
             reason = f"needs at least {few} training images, and {sets.train.name} has {len(sets.train)}"
         elif sets.held_out and sum(map(len, sets.reals.values())) < few:
             reason = f"needs at least {few} held-out images"
-    elif name in ("faithfulness", "clip"):
+    elif name == "faithfulness" or name in OF_PROMPTS:
         if not sets.fake.prompts:
             reason = f"needs the prompts of {sets.fake.name}: --prompts FILE, or the manifest.jsonl of sample.py"
     elif name == "classify":
@@ -408,19 +413,20 @@ def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
     return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
 
 
-def _clip_score(sets: Sets, network: Extractor, found: dict, settings, device) -> Entries:
+def _clip_score(sets: Sets, name: str, network: Extractor, found: dict, settings, device) -> Entries:
     """Agreement of every generated image with its first prompt; beside it the real ones', where they have any."""
 
     def pairs(images: ImageSet) -> tuple[Tensor, Tensor]:
         places: dict[str, int] = {}  # each prompt once
         rows = [places.setdefault(prompts[0], len(places)) for prompts in images.prompts]
-        texts = extractors.clip_prompts(list(places), settings.weights, settings.batch, device)
+        texts = read(list(places), settings.weights, settings.batch, device)
         return found[images.hashes]["features"], texts[rows]
 
+    label, read = OF_PROMPTS[name]
     told = [real for real in sets.reals.values() if real.prompts]
     own = torch.cat([scores.clip_scores(*pairs(real)) for real in told]) if told and settings.intervals else None
     protocol = f"{network.name}, {network.protocol}, first prompt"
-    return entries.clip_score(*pairs(sets.fake), protocol, network.network, own)
+    return entries.clip_score(*pairs(sets.fake), protocol, network.network, own, label)
 
 
 def classify(sets: Sets, settings: Settings, device: torch.device | str = "cpu") -> Entries:
