@@ -47,6 +47,8 @@ def test_derived_images_are_those_of_simpleitk_and_pywavelets():
     small = np.array(GOLDEN["images"]["resampled"])
     for bands, image in frd.wavelet(small).items():
         near(image, f"wavelet-{bands}", 1e-12)
+    for bands, image in frd.wavelet(small[:11, :15]).items():
+        near(image, f"odd wavelet-{bands}", 1e-12)
     for sigma in (2, 3, 4, 5):
         near(frd.laplacian(small, sigma / 2), f"log-sigma-{sigma}-0-mm-3D", 1e-6)
 
@@ -65,6 +67,16 @@ def test_all_features_of_an_image_are_those_of_its_nine_images():
         assert np.array_equal(found["v1"][77 * i : 77 * (i + 1)], mine)
     plain = radiomics.features(np.array(GOLDEN["picture"], dtype=float), width=25, everything=True)
     assert np.array_equal(found["v0"], plain)
+
+
+def test_grey_weighs_the_colours_as_pillows_mode_l():
+    """Which the authors' code uses: ITU-R 601 in 16 bits."""
+    draw = np.random.default_rng(0).integers(0, 256, (20, 24, 3))
+    red, green, blue = np.moveaxis(draw, 2, 0)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    assert np.array_equal(frd.grey(draw.astype(np.uint8)), luma)
+    assert np.array_equal(frd.features(draw.astype(np.uint8))["v0"],
+                          radiomics.features(luma.astype(float), width=25, everything=True))  # fmt: skip
 
 
 def test_odd_sides_and_one_grey_level_have_features_and_tiny_images_are_refused():

@@ -78,6 +78,9 @@ def filters():
         found[name] = which
     for which, name, _ in imageoperations.getWaveletImage(small, mask):
         found[name] = which
+    odd = sitk.GetImageFromArray(sitk.GetArrayFromImage(small)[:11, :15])
+    for which, name, _ in imageoperations.getWaveletImage(odd, mask):
+        found[f"odd {name}"] = which
     return picture.astype(int).tolist(), {k: sitk.GetArrayFromImage(v).astype(float).tolist() for k, v in found.items()}
 
 
