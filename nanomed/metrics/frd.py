@@ -43,7 +43,8 @@ def features(image: np.ndarray) -> dict[str, np.ndarray]:
     if min(image.shape[:2]) < LEAST:
         raise ValueError(f"an image of {image.shape[1]} x {image.shape[0]} pixels has no texture; {LEAST} are needed")
     plain = grey(image)
-    v1 = [radiomics.features(x, width=WIDTH, shift=SHIFT) for x in derived(resampled(normalised(plain))).values()]
+    images = derived(resampled(normalised(plain))).values()
+    v1 = [radiomics.features(x, width=WIDTH, shift=SHIFT, area=STEP**2) for x in images]
     v0 = radiomics.features(plain.astype(np.float64), width=WIDTH_V0, everything=True)
     return {"v1": np.concatenate(v1), "v0": v0}
 

@@ -53,8 +53,8 @@ def quantised(image: np.ndarray, mask: np.ndarray, width: float) -> np.ndarray:
     return np.where(mask, bins - bins[mask].min() + 1, 0).astype(np.int64)
 
 
-def first_order(values: np.ndarray, levels: np.ndarray, shift: float = 0.0) -> list[float]:
-    """FIRST_ORDER of the values (N,) under a mask of pixels of size 1 and their grey levels (N,); `shift` is added
+def first_order(values: np.ndarray, levels: np.ndarray, shift: float = 0.0, area: float = 1.0) -> list[float]:
+    """FIRST_ORDER of the values (N,) under a mask of pixels of size `area` and their grey levels (N,); `shift` is added
     before squares of values, so that they count from above 0."""
     x = values.astype(np.float64)
     p = np.bincount(levels) / len(levels)
@@ -67,7 +67,7 @@ def first_order(values: np.ndarray, levels: np.ndarray, shift: float = 0.0) -> l
     inner = x[(x >= p10) & (x <= p90)]  # none of two
     robust = np.abs(inner - inner.mean()).mean() if len(inner) else np.nan
     return [
-        energy, energy, entropy(p), low, p10, p90, high, mean, p50, p75 - p25, high - low, np.abs(off).mean(),
+        energy, energy * area, entropy(p), low, p10, p90, high, mean, p50, p75 - p25, high - low, np.abs(off).mean(),
         robust, np.sqrt(energy / len(x)), m3 / flat**1.5, m4 / flat**2, m2, p @ p,
     ]  # fmt: skip
 
@@ -277,12 +277,19 @@ ALL_NAMES = [f"{name}_{feature}" for name, features in _ALL.items() for feature 
 
 
 def features(
-    image: np.ndarray, mask: np.ndarray | None = None, width: float = 5.0, shift: float = 0.0, everything: bool = False
+    image: np.ndarray,
+    mask: np.ndarray | None = None,
+    width: float = 5.0,
+    shift: float = 0.0,
+    area: float = 1.0,
+    everything: bool = False,
 ) -> np.ndarray:
     """NAMES, or ALL_NAMES with `everything`, of a grey image (H, W) under a mask (H, W); no mask: the whole image.
 
     width       of a grey level
     shift       added to values before their squares are summed
+    area        of a pixel
+    everything  also what FRD v0 has besides
 
     Returns float64 (77,) or (93,). NaN where a feature is not defined: pairs and runs of isolated pixels. Raises
     ValueError for an empty mask, one of another shape, and values that are not finite.
@@ -297,7 +304,7 @@ def features(
     image, mask = image[inner], mask[inner]
     levels = quantised(image, mask, width)
     found = [
-        *first_order(image[mask], levels[mask], shift), *glcm(levels, everything), *glrlm(levels), *glszm(levels),
+        *first_order(image[mask], levels[mask], shift, area), *glcm(levels, everything), *glrlm(levels), *glszm(levels),
         *ngtdm(levels), *(gldm(levels) if everything else []),
     ]  # fmt: skip
     return np.array(found, dtype=np.float64)

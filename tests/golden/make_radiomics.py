@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import radiomics
 import SimpleITK as sitk
-from radiomics import firstorder, glcm, gldm, glrlm, glszm, imageoperations, ngtdm
+from radiomics import featureextractor, firstorder, glcm, gldm, glrlm, glszm, imageoperations, ngtdm
 
 radiomics.logger.setLevel(logging.CRITICAL)
 CLASSES = {
@@ -84,6 +84,20 @@ def filters():
     return picture.astype(int).tolist(), {k: sitk.GetArrayFromImage(v).astype(float).tolist() for k, v in found.items()}
 
 
+def whole(picture):
+    """The features of FRD v1's settings, all steps by pyradiomics: of one slice, so without the Laplacians."""
+    extractor = featureextractor.RadiomicsFeatureExtractor(
+        normalize=True, normalizeScale=100, force2D=True, binWidth=5, voxelArrayShift=300, label=1,
+        interpolator="sitkBSpline", padDistance=10, resampledPixelSpacing=[2, 2, 0],
+    )  # fmt: skip
+    extractor.disableAllImageTypes()
+    extractor.enableImageTypes(Original={}, Wavelet={})
+    mask = np.ones(np.shape(picture), np.int32)
+    mask[0, 0] = 0  # as the authors do against an error of pyradiomics; it is there again after resampling
+    found = extractor.execute(slice_of(picture, np.uint8), slice_of(mask, np.int32))
+    return {name: float(np.real(value)) for name, value in found.items() if not name.startswith("diagnostics")}
+
+
 if __name__ == "__main__":
     made = []
     for name, image, mask in cases():
@@ -93,5 +107,5 @@ if __name__ == "__main__":
                  "features": features(image, mask, width, shift)}
             )  # fmt: skip
     picture, images = filters()
-    OUT.write_text(json.dumps({"cases": made, "picture": picture, "images": images}))
+    OUT.write_text(json.dumps({"cases": made, "picture": picture, "images": images, "whole": whole(picture)}))
     print(OUT, OUT.stat().st_size)
