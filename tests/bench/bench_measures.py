@@ -7,6 +7,9 @@
 Networks of random weights do the work of the published ones. Ours measures all that needs no further download, with
 intervals and floors; theirs is torch-fidelity's FID, IS, KID, precision and recall in its one pass, and pyradiomics'
 features of FRD v1 for a few images, taken times the images; what has no public program is counted as nothing.
+
+200 against 200 on two cores that others kept busy, so CPU seconds: ours 87 for 21 numbers, 1.14 GB; theirs 98 and 196
+(0.49 a picture, without the Laplacians that ours includes): 3.4 times ours.
 """
 
 import argparse
