@@ -22,7 +22,7 @@ from nanomed.run.ranks import Ranks
 
 @dataclass
 class Config:
-    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B as one; toy: fresh scenes; FILE.npz of FID
+    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B as one; toy; FILE.npz or cached features
     fake: str = ""  # generated images; with the manifest.jsonl of sample.py their prompts are known
     train: str = ""  # what the model was trained on, for memorisation and classify; empty: the real images
     prompts: str = ""  # file of prompts, row i for the i-th image by name; a column label gives classes
@@ -39,6 +39,7 @@ class Config:
     skip_bad: bool = False  # leave damaged images out, counted and named, instead of stopping
     limit: int = 0  # use the first images of every set only; 0 = all
     batch: int = 32  # images at a time in a network
+    k: int = 3  # neighbours of precision and recall
     seed: int = 2204  # of splits (train.py's default), rows, subsets, groups and classifiers
     stand_in: str = ""  # train the toy world's classifier, write it to this file and stop
 
@@ -97,6 +98,8 @@ def chosen(config: Config) -> tuple[str, ...]:
         raise UsageError(f"--protocol {config.protocol}: choose among {', '.join(protocols)}")
     if config.paper not in ("", "mmcp", "medart"):
         raise UsageError(f"--paper {config.paper}: choose mmcp or medart")
+    if config.k < 1:
+        raise UsageError(f"--k {config.k}: precision and recall look at 1 neighbour or more")
     asked = tuple(name.strip() for name in config.metrics.split(",") if name.strip())
     if unknown := [name for name in asked if name not in (*METRICS, EVERYTHING)]:
         raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}, or all")
@@ -132,7 +135,7 @@ def find_sets(config: Config):
 
     reals, found, known = {}, {}, {}
     for name, specs in named(config.real).items():
-        if specs[0].endswith(".npz") and len(specs) == 1:
+        if len(specs) == 1 and statistics.holds(specs[0]):
             known[name] = statistics.read(specs[0])
             continue
         for spec in specs:
@@ -154,6 +157,7 @@ def find_sets(config: Config):
         for spec in found
         if (Path(spec) / "manifest.jsonl").is_file()
     ]
+    notes = notes or [said for spec in found if (said := imagesets.exchanged(spec, config.fake))]
     return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes, statistics=known)
 
 
