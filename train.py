@@ -35,19 +35,19 @@ class Config:
     frozen: str = "device"  # where parts that do not train live: device, cpu or share (FSDP2); or PART=PLACE,...
     # ---- data
     data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR
-    size: Annotated[int | None, ">= 1"] = None  # side of the images in pixels; empty: the model's own
+    size: Annotated[int | None, "1 .. 16384"] = None  # side of the images in pixels; empty: the model's own
     valid: Annotated[float, "0 ..< 1"] = 0.1  # share of the images held out, by image
     augment: bool = True  # random square crops and colour jitter, as the paper; else centre crops
-    views: Annotated[int, ">= 0"] = 8  # random crops of an image whose latents are cached; 0: a new one every time
+    views: Annotated[int, "0 .. 10000"] = 8  # random crops of an image whose latents are cached; 0: new ones every time
     captions: str = ""  # in place of the data's own: empty, "An endoscopic image of {category}", or a CSV file
     paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase FILE makes one)
     strategy: Annotated[str, "add | some | all"] = "add"  # paraphrases as pairs of their own, half the time, or always
     dropout: Annotated[float | None, "0 .. 1"] = None  # share of prompts replaced by ""; empty: the model's own
     # ---- optimisation
-    steps: Annotated[int, ">= 1"] = 100_000  # optimizer steps of a stage
-    epochs: Annotated[float, ">= 0"] = 0.0  # passes over the training pairs, in place of a number of steps
-    batch: Annotated[int, ">= 1"] = 32  # samples at a time on each process
-    accumulate: Annotated[int, ">= 1"] = 1  # backward passes in one step
+    steps: Annotated[int, "1 .. 10^9"] = 100_000  # optimizer steps of a stage
+    epochs: Annotated[float, "0 .. 10^6"] = 0.0  # passes over the training pairs, in place of a number of steps
+    batch: Annotated[int, "1 .. 65536"] = 32  # samples at a time on each process
+    accumulate: Annotated[int, "1 .. 65536"] = 1  # backward passes in one step
     lr: Annotated[float, "> 0"] = 1e-4  # learning rate
     schedule: Annotated[str, "constant | cosine | linear"] = "constant"  # of the learning rate, after the warm-up
     warmup: Annotated[int, ">= 0"] = 0  # steps over which the learning rate rises
@@ -57,7 +57,7 @@ class Config:
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     compile: bool = False  # torch.compile the trained network
     # ---- adapter
-    rank: Annotated[int, ">= 0"] = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
+    rank: Annotated[int, "0 .. 65536"] = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
     alpha: Annotated[float, ">= 0"] = 0.0  # the adapter's scale is alpha / rank; 0 = as large as the rank
     adapter: Annotated[str, "lora | rslora | dora | rsdora"] = "lora"  # kind of adapter
     # ---- checkpoints
@@ -67,12 +67,12 @@ class Config:
     grid_prompts: str = ""  # file of prompts for the grids; empty: the first ones held out
     test_prompts: str = ""  # file of prompts to draw and evaluate at the end
     # ---- run
-    out: str = "runs"  # where run folders are made
+    out: Annotated[str, "a folder to write"] = "runs"  # where run folders are made
     resume: str = ""  # "latest" or a run folder
-    seed: int = 2204  # of everything
+    seed: Annotated[int, "0 ..< 2^63"] = 2204  # of everything
     log_every: Annotated[int, ">= 1"] = 50  # steps between log lines, and between looks for a stop in several processes
     tensorboard: bool = False  # write the curves for TensorBoard too, where it is installed
-    cache: str = "runs/cache"  # where latents and text states are kept
+    cache: Annotated[str, "a folder to write"] = "runs/cache"  # where latents and text states are kept
     dry_run: bool = False  # print parameters, memory, time and disk, then stop
 
 

@@ -31,13 +31,13 @@ from nanomed.run.ranks import ALONE, Ranks
 class Drawing:
     """How prompts are drawn: flags of sample.py, too."""
 
-    out: str = "samples"  # folder for the images and manifest.jsonl
+    out: Annotated[str, "a folder to write"] = "samples"  # folder for the images and manifest.jsonl
     steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
-    guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
+    guidance: Annotated[float | None, "0 .. 1000"] = None  # guidance scale, 1 = none; empty: the model's own
     negative: str = ""  # what to guide away from, in place of the empty prompt
-    batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
-    seed: int = 0  # of all the images together
-    size: Annotated[int | None, ">= 1"] = None  # side in pixels; empty: the model's own
+    batch: Annotated[int, "1 .. 65536"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the images together
+    size: Annotated[int | None, "1 .. 16384"] = None  # side in pixels; empty: the model's own
     minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     zip: bool = False  # also write OUT.zip

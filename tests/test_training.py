@@ -402,7 +402,7 @@ def test_flags_follow_the_names_people_type():
     config = flags.parse(train.Config, argv)
     assert (config.lr, config.batch, config.steps, config.compile) == (0.5, 7, 3, True)
     assert set(config.given) == {"model", "lr", "batch", "steps", "compile"}
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="unrecognized arguments: --no_such_flag"):
         flags.parse(train.Config, ["--no_such_flag", "1"])
     with pytest.raises(UsageError, match="--steps many"):
         flags.parse(train.Config, ["--steps", "many"])
