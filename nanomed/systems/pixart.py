@@ -25,9 +25,10 @@ from nanomed.denoisers.pixart import PixArtConfig, PixArtTransformer, load_pixar
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
+from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
-from nanomed.systems.sizes import binned, cropped
+from nanomed.systems.sizes import SIDES, binned, cropped
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.weights import WeightsError
@@ -86,6 +87,7 @@ class PixArt(System):
         self.diffusion = Diffusion.from_settings({"_class_name": SOLVER} | self.scheduler, "scheduler")
         self.size = size or c.sample_size * self.vae.factor
         self.length, self.steps, self.guidance, self.snr_gamma = length, steps, guidance, snr_gamma
+        self.unit = 1 if c.sample_size in SIDES else self.vae.factor * c.patch_size
         self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (length, c.caption_channels)
 
     @classmethod
@@ -193,7 +195,7 @@ class PixArt(System):
         """(4, height / 8, width / 8) of a size in pixels."""
         factor, c = self.vae.factor, self.transformer.config
         if height % (factor * c.patch_size) or width % (factor * c.patch_size):
-            raise ValueError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
+            raise UsageError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
         return c.in_channels, height // factor, width // factor
 
 
