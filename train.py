@@ -136,6 +136,7 @@ def read_flags() -> tuple[Config, dict]:
     config.changed = {name for name in config.given if getattr(config, name) != before.get(name)}
     config.given, config.resume = (*dict.fromkeys([*before["given"], *config.given]),), str(folder)
     config.began = before.get("world", 1)
+    runs.compared(folder, before, asdict(config), config.resume_anyway)
     return config, before
 
 
@@ -202,6 +203,8 @@ def open_run(config: Config, before: dict, system, split, ranks: Ranks) -> Run:
         run.say(f"{ranks.world} processes in place of {config.began}: a step has the same samples, in the same order")
     if stage in run.state["stages"]:
         run.reopen(stage)
+    elif not {*system.stages} - {*run.state["stages"]}:
+        run.say(f"{run.folder}: every stage is finished; --steps N trains on, with more steps than before")
     if note:
         run.log(stage=stage, step=run.position()[1], note=note)
         run.say(f"stage {stage}: {note}")

@@ -104,6 +104,24 @@ def _read(path: Path) -> dict:
     return found
 
 
+def compared(folder: Path, before: dict, config: dict, anyway: bool) -> tuple[dict, list[str]]:
+    """({setting: [old, new]} of all that differ, those of them that decide which numbers come next) of a run to go on
+    with. Raises UsageError, which names all of the latter, unless they may differ `anyway`."""
+    known = {name: value for name, value in config.items() if name in before and name not in (*PASSING, *KEPT)}
+    changed = {name: [before[name], value] for name, value in known.items() if before[name] != value}
+    decisive = [name for name in DECISIVE if name in changed]
+    if "contents" in before:
+        moved = [name for name in decisive if name in CONTENTS]
+        decisive = [name for name in decisive if name not in CONTENTS]
+        if "contents" in changed and not {"size", "valid", "seed", "strategy"} & {*decisive}:
+            decisive += moved or ["data"]
+    if refused := [name for name in decisive if not anyway or name in MADE]:
+        told = ", ".join(_difference(name, changed) for name in refused)
+        rest = "" if {*refused} & {*MADE} else ", or say --resume_anyway"
+        raise UsageError(f"--resume {folder}: {told}; it could not go on exactly. Give the old values{rest}")
+    return changed, decisive
+
+
 class Run:
     """One run folder. Only rank 0 writes; every rank reads."""
 
@@ -135,18 +153,7 @@ class Run:
         """
         folder = Path(folder)
         before = settings(folder)
-        known = {name: value for name, value in config.items() if name in before and name not in (*PASSING, *KEPT)}
-        changed = {name: [before[name], value] for name, value in known.items() if before[name] != value}
-        decisive = [name for name in DECISIVE if name in changed]
-        if "contents" in before and "contents" in config:
-            moved = [name for name in decisive if name in CONTENTS]
-            decisive = [name for name in decisive if name not in CONTENTS]
-            if "contents" in changed and not {"size", "valid", "seed", "strategy"} & set(decisive):
-                decisive += moved or ["data"]
-        if refused := [name for name in decisive if not anyway or name in MADE]:
-            told = ", ".join(_difference(name, changed) for name in refused)
-            rest = "" if set(refused) & set(MADE) else ", or say --resume_anyway"
-            raise UsageError(f"--resume {folder}: {told}; it could not go on exactly. Give the old values{rest}")
+        changed, decisive = compared(folder, before, config, anyway)
         if config.get("tensorboard"):
             _writer()
         if ranks.first:
