@@ -67,7 +67,8 @@ def there(place, monkeypatch):
     monkeypatch.setattr(train, "train_stage", lambda *a: True)
     monkeypatch.setattr(train, "draw_and_evaluate", lambda *a: {})
     monkeypatch.setattr("nanomed.training.plan.dry_run", lambda *a: None)
-    monkeypatch.setattr(grammar, "all_prompts", lambda prompts=tuple(grammar.all_prompts()[:2]): list(prompts))
+    two = grammar.all_prompts()[:2]
+    monkeypatch.setattr(grammar, "all_prompts", lambda: list(two))
     monkeypatch.setattr(toyworld, "train_stand_in", lambda path: 1.0)
     for system in ("msdm.MSDM", "medart.MedArt", "kandinsky2_tiny.Kandinsky2Tiny"):
         monkeypatch.setattr(f"nanomed.systems.{system}.sample", lambda s, p, *a, **k: torch.zeros(len(p), 3, 8, 8))
@@ -121,7 +122,8 @@ def test_no_value_of_any_flag_is_misread(name, there, capsys, monkeypatch):
             where = (name, field.name, value, code, said)
             assert code in CODES, where
             if code:
-                assert len(said.strip().splitlines()) == 1 and listing(there) == before, where
+                found = name in ("nanomed.data", "nanomed.weights") and not said  # a finding, on standard output
+                assert (found or len(said.strip().splitlines()) == 1) and listing(there) == before, where
                 assert "Traceback" not in said, where
             else:
                 for path in listing(there) - before:
@@ -153,7 +155,7 @@ def test_what_a_refusal_says(there, capsys, monkeypatch):
         "--base moon --stage unet": "moon: not a run folder",
         "--bach 3": "unrecognized arguments: --bach 3 (--help lists all flags)",
         "--batch": "argument --batch: expected one argument (--help lists all flags)",
-        "--batch " + 300 * "9": "--batch " + 77 * "9" + "...: not a whole number in the range 1 .. 65536",
+        "--batch " + 300 * "9": "--batch " + 77 * "9" + "...: out of range, which is 1 .. 65536",
     }.items():
         words = ["--model", "msdm-tiny", *TRAIN, *words.split()]
         assert called(train.main, words, capsys, monkeypatch) == (2, f"command.py: {told}\n")
@@ -196,14 +198,17 @@ def small():
     return {name: systems.build(name) for name in ("msdm-tiny", "medart-tiny", "kandinsky2-tiny")}
 
 
-@pytest.mark.parametrize("preset, most, unit", [("msdm-tiny", 999, 16), ("medart-tiny", 999, 8),
-                                                ("kandinsky2-tiny", 1000, 16)])  # fmt: skip
-def test_a_system_is_asked_for_size_and_steps_before_anything_is_written(small, tmp_path, preset, most, unit):
+@pytest.mark.parametrize("preset", ["msdm-tiny", "medart-tiny", "kandinsky2-tiny"])
+def test_a_system_is_asked_for_size_and_steps_before_anything_is_written(small, tmp_path, preset):
     """On DPM-Solver's grid of 1,000 steps two fall together, which it cannot divide by: 999 are the most."""
     system = small[preset]
+    most, unit = system.sampled()[0].most_steps(), system.unit
+    assert most == 999 or preset == "kandinsky2-tiny" and most >= 500
     system.check(steps=most, size=2 * unit)
-    for how, told in (({"steps": most + 1}, f"--steps {most + 1}: .* draws in 1 to {most} steps"),
-                      ({"size": unit + 1}, f"--size {unit + 1}: .* draws {system.size} or a multiple of {unit}")):  # fmt: skip
+    for how, told in (
+        ({"steps": most + 1}, f"--steps {most + 1}: .* draws in 1 to {most} steps"),
+        ({"size": unit + 1}, f"--size {unit + 1}: .* draws {system.size} or a multiple of {unit}"),
+    ):
         with pytest.raises(UsageError, match=told):
             draw(system, ["a polyp"], Drawing(str(tmp_path / "a" / "b"), **how))
         assert not list(tmp_path.iterdir())
@@ -253,8 +258,7 @@ def launched(*words: str, ranks: int = 0, **more) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("words, code, told", [
     (["-m", "nanomed.data", "check", "nowhere"], 3, "python -m nanomed.data: nowhere: no such folder"),
-    (["-m", "nanomed.weights", "frobnicate"], 2, "python -m nanomed.weights: verb frobnicate: choose list, check, verify"),
-    (["-m", "nanomed.captions.paraphrase", "f/x.csv"], 2, "python -m nanomed.captions.paraphrase: file f/x.csv: f is no folder"),
+    (["-m", "nanomed.weights", "no"], 2, "python -m nanomed.weights: verb no: choose list, check, verify"),
     ([str(ROOT / "sample.py"), "--prompts", "f", "--size", "100", "--model", str(ROOT / "weights/msdm-tiny")], 2,
      "sample.py: --size 100: msdm draws 64 or a multiple of 32"),
 ])  # fmt: skip

@@ -26,6 +26,8 @@ class Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = flags.parse(Config, arguments, description=__doc__, words=("verb", "path"))
+    if not words.path.strip():
+        raise flags.UsageError("path: say a folder, or a data set such as clef:DIR")
     count = counter(words.vocab) if words.vocab else None
     bar = lambda items, total: tqdm(items, total=total, unit="image", leave=False, disable=None)  # noqa: E731
     table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, progress=bar)

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -258,6 +259,7 @@ def comments(cls: type) -> dict[str, tuple[str, str]]:
     return found
 
 
+@cache
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
     found, last, heading = {}, None, ""
     for line in inspect.getsource(cls).splitlines():
