@@ -205,7 +205,7 @@ def test_the_runs_name_is_enough_and_a_finished_run_goes_on(run_train, tmp_path,
     _, run = run_train(tmp_path / "stopped", stop_after=9)
     assert resumed(monkeypatch, "--resume", str(run)) == 0
     same(trained(run), straight)
-    for words, told in ((["--batch", "8", "--views", "2"], "batch was 4 and is 8 now, views was 1 and is 2 now"),
+    for words, told in ((["--batch", "8", "--views", "2"], "batch was 4 and is 8 now, views was 8 and is 2 now"),
                         (["--steps", "5"], "--steps 5: stage unet has made 6 already"),
                         (["--stage", "vae", "--steps", "8"], "stage unet stands on it"),
                         (["--data", "toy:25"], "data was toy:24 and is toy:25 now"),
