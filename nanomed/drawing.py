@@ -31,13 +31,13 @@ from nanomed.run.ranks import ALONE, Ranks
 class Drawing:
     """How prompts are drawn: flags of sample.py, too."""
 
-    out: str = "samples"  # folder for the images and manifest.jsonl
+    out: Annotated[str, "a folder to write"] = "samples"  # folder for the images and manifest.jsonl
     steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
-    guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
+    guidance: Annotated[float | None, "0 .. 1000"] = None  # guidance scale, 1 = none; empty: the model's own
     negative: str = ""  # what to guide away from, in place of the empty prompt
-    batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
-    seed: int = 0  # of all the images together
-    size: Annotated[int | None, ">= 1"] = None  # side in pixels; empty: the model's own
+    batch: Annotated[int, "1 .. 65536"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the images together
+    size: Annotated[int | None, "1 .. 16384"] = None  # side in pixels; empty: the model's own
     minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     zip: bool = False  # also write OUT.zip
@@ -47,16 +47,42 @@ class Drawing:
 def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progress: bool = False) -> None:
     """Write OUT/{row}.png for every prompt, and manifest.jsonl when all are there.
 
-    Raises UsageError where OUT holds images of another drawing, and DataError for prompts that the system cannot read.
+    Raises UsageError where OUT holds images of another drawing, and for a size or a number of steps that the system
+    cannot draw, and DataError for prompts that it cannot read; a drawing that fails before its first image leaves no
+    trace in OUT.
     """
+    system.check(how.steps, how.size)
     system.check_prompts([*prompts, how.negative])
     system.eval()
     if how.minmax:
         system.minmax = True
     out, settings = Path(how.out), _settings(system, prompts, how)
-    _claim(out, settings, ranks)
     names = [f"{row:05d}.png" for row in range(len(prompts))]
     batches = [range(start, min(start + how.batch, len(prompts))) for start in range(0, len(prompts), how.batch)]
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    _claim(out, settings, ranks)
+    try:
+        _draw(system, prompts, how, ranks, names, batches, progress)
+    except BaseException:
+        if ranks.first and not any(out.glob("*.png")):
+            (out / "settings.json").unlink(missing_ok=True)
+            for folder in new:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
+    if ranks.first:
+        lines = [
+            {"file": name, "prompt": prompt, "row": row, "sha256": files.sha256(out / name)} | settings["drawing"]
+            for row, (name, prompt) in enumerate(zip(names, prompts))
+        ]
+        files.write_text(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if how.zip:
+            write_zip(Path(f"{out.resolve()}.zip"), [out / name for name in names])
+
+
+def _draw(system, prompts: list[str], how: Drawing, ranks: Ranks, names: list[str], batches: list[range], progress):
+    """The images that are not there yet; every rank its share of the batches."""
+    out = Path(how.out)
     todo = [rows for rows in batches if not all(whole(out / names[row]) for row in rows)]
 
     system.encode_text = Remembered(system.encode_text)  # every distinct prompt once
@@ -74,14 +100,6 @@ def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progres
             if not whole(out / names[row]):
                 files.write_png(out / names[row], files.to_bytes(image))
     ranks.barrier()
-    if ranks.first:
-        lines = [
-            {"file": name, "prompt": prompt, "row": row, "sha256": files.sha256(out / name)} | settings["drawing"]
-            for row, (name, prompt) in enumerate(zip(names, prompts))
-        ]
-        files.write_text(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        if how.zip:
-            write_zip(out.with_suffix(".zip"), [out / name for name in names])
 
 
 def write_zip(path: Path, images: list[Path]) -> None:
@@ -123,8 +141,9 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
     """Make OUT this drawing's, or check that it is."""
     mark = out / "settings.json"
     if ranks.first:
-        if mark.is_file():
-            before = json.loads(mark.read_text(encoding="utf-8"))
+        drawn = any(out.glob("*.png"))
+        if mark.is_file() and drawn:
+            before = _read(mark)
             if before != settings:
                 different = [
                     key for key in settings["drawing"] if before["drawing"].get(key) != settings["drawing"][key]
@@ -134,8 +153,17 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "
                     f"choose another --out or remove it"
                 )
-        elif out.is_dir() and any(out.glob("*.png")):
+        elif drawn:
             raise UsageError(f"{out} holds images that sample.py did not draw; choose another --out")
         files.write_json(mark, settings)
         files.sweep(out)
     ranks.barrier()
+
+
+def _read(mark: Path) -> dict:
+    """The settings in a mark; of one that is none, nothing is known."""
+    try:
+        before = json.loads(mark.read_text(encoding="utf-8"))
+        return before if isinstance(before["drawing"], dict) else {"drawing": {}}
+    except (ValueError, KeyError, TypeError):
+        return {"drawing": {}}

@@ -11,14 +11,15 @@ import csv
 import io
 import itertools
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 from nanomed.data import grammar
 from nanomed.data.grammar import CELLS, COLORS, PARIS, join
-from nanomed.run import files
+from nanomed.run import files, flags
 
 VERBS = ("Create", "Produce", "Draw", "Render", "Synthesize", "Make", "Show", "Give me", "Depict", "Prepare")
 NOUNS = ("an endoscopic image", "a medical image", "an endoscopy frame", "a picture from an endoscope")
@@ -205,7 +206,14 @@ def write_csv(path: str | Path, prompts: list[str], n: int = 40) -> int:
     return len(rows)
 
 
+@dataclass
+class Config:
+    file: Annotated[str, "a file to write"] = ""  # a CSV file for train.py --paraphrases
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    write_csv(flags.parse(Config, arguments, description=__doc__, words=("file",)).file, grammar.all_prompts())
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m nanomed.captions.paraphrase FILE.csv")
-    write_csv(sys.argv[1], grammar.all_prompts())
+    flags.main(main)

@@ -131,6 +131,16 @@ class Diffusion:
             raise ValueError(f"timestep spacing {self.spacing!r} is not msdm, linspace, leading or unclip")
         return grid[::-1]
 
+    def most_steps(self) -> int:
+        """The most steps whose timesteps are all different, which solvers of a second order need."""
+        for steps in range(self.length, 1, -1):
+            try:
+                if len(set(self.timesteps(steps))) == steps:
+                    return steps
+            except ValueError:
+                continue
+        return 1
+
     def abar(self, t: Tensor | int, like: Tensor) -> Tensor | float:
         """abar_t, shaped to multiply `like` (B, ...); a float for an int t."""
         if isinstance(t, int):

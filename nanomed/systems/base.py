@@ -25,7 +25,7 @@ from nanomed.systems.assembly import Assembled, read_config
 class Reading:
     """options of models that learn to read from nothing"""
 
-    join: Annotated[int, ">= 1"] = 1  # up to this many prompts of an image in one, drawn anew every time
+    join: Annotated[int, "1 .. 1000"] = 1  # up to this many prompts of an image in one, drawn anew every time
     places: Annotated[float, "0 .. 1"] = 0.0  # share of samples whose prompt says where something is, beyond chance
     places_first: Annotated[int, ">= 0"] = 0  # steps at the start, in which that share is all of them
 
@@ -41,6 +41,7 @@ class System(Assembled):
     """A text-to-image system, in the latents of an autoencoder.
 
     size        the side of its images in pixels
+    unit        other sizes that it draws are multiples of it; 0: it draws no other
     dropout     the share of training prompts replaced by ""
     jitter      whether the random crops that it trains on have their colours changed, too
     pad         whether images that are not square get a black border, in place of being cropped
@@ -56,6 +57,7 @@ class System(Assembled):
     """
 
     size: int
+    unit: int = 0
     dropout: float = 0.0
     jitter: bool = True
     pad: bool = False
@@ -83,6 +85,23 @@ class System(Assembled):
     def sample(self, prompts: list[str], noise, steps: int | None = None, guidance: float | None = None, **options):
         """Images (B, 3, H, W) in [0, 1]; every random number comes from `noise`, in drawing order."""
         raise NotImplementedError
+
+    def check(self, steps: int | None = None, size: int | None = None) -> None:
+        """Raise UsageError for a number of steps or a size that `sample` cannot draw: asked before a file is made."""
+        if size and size != self.size and (not self.unit or size % self.unit):
+            others = f" or a multiple of {self.unit}" if self.unit else ""
+            raise UsageError(f"--size {size}: {self.name} draws {self.size}{others}")
+        for diffusion in self.sampled():
+            try:
+                possible = not steps or len(set(diffusion.timesteps(steps))) == steps
+            except ValueError:
+                possible = False
+            if not possible:
+                raise UsageError(f"--steps {steps}: {self.name} draws in 1 to {diffusion.most_steps()} steps")
+
+    def sampled(self) -> tuple[Diffusion, ...]:
+        """The noise that `sample` removes in as many steps as it is told."""
+        return (self.diffusion,)
 
     # ------------------------------------------------------------------------------------- latents, text and the loss
 
@@ -253,7 +272,7 @@ class System(Assembled):
         c = self.get_submodule(self.denoiser).config
         factor = self.get_submodule(self.autoencoder).factor
         if height % (factor * c.patch_size) or width % (factor * c.patch_size):
-            raise ValueError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
+            raise UsageError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
         return c.in_channels, height // factor, width // factor
 
     # ------------------------------------------------------------------------------------------------------ training

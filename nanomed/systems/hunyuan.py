@@ -81,6 +81,7 @@ class Hunyuan(System):
         if self.shapes:
             self.stages = {"vae": ("vae",), "base": ("transformer", "text_encoder", "text_encoder_2"), **self.stages}
         self.size, self.diffusion = size or c.sample_size * vae.factor, diffusion
+        self.unit = 1 if c.sample_size == 128 else vae.factor * c.patch_size
         self.steps, self.guidance, self.snr_gamma = steps, guidance, snr_gamma
         self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (c.text_len, wanted[0])
 

@@ -91,6 +91,9 @@ class Kandinsky2(System):
         self.guidance, self.prior_guidance = guidance, prior_guidance
         self.snr_gamma, self.released = snr_gamma, released
         self.prior_diffusion, self.diffusion = schedules
+        self.unit = self.movq.factor**2
+        if size % self.unit:
+            raise UsageError(f"--size {size}: a multiple of {self.unit} for {self.name}")
 
     @classmethod
     def stated(cls, place: Callable[..., Path]) -> dict:

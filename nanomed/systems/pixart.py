@@ -27,7 +27,7 @@ from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
-from nanomed.systems.sizes import binned, cropped
+from nanomed.systems.sizes import SIDES, binned, cropped
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.weights import WeightsError
@@ -86,6 +86,7 @@ class PixArt(System):
         self.diffusion = Diffusion.from_settings({"_class_name": SOLVER} | self.scheduler, "scheduler")
         self.size = size or c.sample_size * self.vae.factor
         self.length, self.steps, self.guidance, self.snr_gamma = length, steps, guidance, snr_gamma
+        self.unit = 1 if c.sample_size in SIDES else self.vae.factor * c.patch_size
         self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (length, c.caption_channels)
 
     @classmethod

@@ -74,7 +74,7 @@ class Descent:
         self.skipped = torch.tensor([float(state["skipped"]), 0.0, 0.0], device=self.skipped.device)
         if self.average:
             self.average.updates = state["ema_updates"]
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
 
