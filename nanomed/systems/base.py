@@ -50,6 +50,7 @@ class System(Assembled):
     diffusion   the noise that it trains on
     snr_gamma   min-SNR weighting of the training loss; 0 = none
     autoencoder name of the part that makes latents of images and images of latents
+    text_adapter kind of the text encoders' adapters, where they have one; "": as the other parts'
     """
 
     size: int
@@ -64,6 +65,7 @@ class System(Assembled):
     diffusion: Diffusion
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
+    text_adapter: str = ""
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -135,6 +137,10 @@ class System(Assembled):
         if "text_encoder" not in self.stages[stage]:
             fields["text"] = ("text_encoder", self.states)
         return fields
+
+    def cast(self, denoise: Denoise) -> Denoise:
+        """The network sees x in its own dtype, the sampler or the loss computes in that of x."""
+        return lambda x, t: denoise(x.to(self.dtype), t).to(x.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
@@ -209,7 +215,8 @@ class System(Assembled):
         for part in self.stages[stage]:
             if part not in self.adapters:
                 raise UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
-            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], kind)
+            mine = self.text_adapter if self.text_adapter and part.startswith("text_encoder") else kind
+            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
     def trainable(self, stage: str) -> dict[str, nn.Parameter]:
         """Freeze everything but the stage's parts, or the adapters on them; return by name what trains."""

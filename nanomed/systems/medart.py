@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomed.adapters import lora
 from nanomed.data import grammar
 from nanomed.diffusion import hldf
 from nanomed.diffusion.process import Cond
@@ -152,11 +151,6 @@ class MedArt(PixArt):
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         colours = {} if stage == "vae" else {"colours": torch.rand(batch, 6, device=device)}
         return super().example(stage, batch, device) | colours
-
-    def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
-        for part in self.stages[stage]:
-            mine = self.text_adapter or kind if part == "text_encoder" else kind
-            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
     def states(self, prompts: list[str]) -> Cond:
         if self.shapes:  # what learns to read here learns it as it is asked in `encode_text`

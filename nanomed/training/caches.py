@@ -81,12 +81,12 @@ def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks
 
 
 def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) -> Columns:
-    part, encode = frozen
+    parts, encode = frozen
 
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
         return encode([prompts[i] for i in rows])
 
-    network = weights.fingerprint(system.get_submodule(part))
-    key = {"fields": f"{part} of prompts", "weights": network, "prompts": prompts}
+    network = " ".join(weights.fingerprint(system.get_submodule(part)) for part in parts.split())
+    key = {"fields": f"{parts} of prompts", "weights": network, "prompts": prompts}
     return cached(cache, key, len(prompts), make, 32, ranks)
