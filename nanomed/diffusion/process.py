@@ -228,12 +228,3 @@ OF_CLASS: dict[str, dict[str, tuple]] = {
     "EulerDiscreteScheduler": _LEADING | {"interpolation_type": ("linear",), "timestep_type": ("discrete",),
                                          "sigma_min": (None,), "sigma_max": (None,)},
 }  # fmt: skip
-_ELSEWHERE = ("_class_name", "skip_prk_steps", "interpolation_type", "timestep_type", "sigma_min", "sigma_max")
-
-
-def read_scheduler(folder: str | Path) -> dict:
-    """What a folder's `scheduler_config.json` says, as far as anything here asks for it. Raises WeightsError where it
-    is missing or damaged."""
-    path = Path(folder) / "scheduler_config.json"
-    known = {*_DDPM, *KNOWN, *_ELSEWHERE}
-    return {name: value for name, value in settings(path, "a scheduler").items() if name in known}

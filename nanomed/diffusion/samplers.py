@@ -12,13 +12,14 @@ Notation: a = abar_t at this step's timestep, b = abar of the step it goes to.
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nanomed.diffusion.process import Denoise, Diffusion
-from nanomed.weights import WeightsError
+from nanomed.diffusion.process import KNOWN, OF_CLASS, PUBLISHED, Denoise, Diffusion
+from nanomed.weights import WeightsError, settings
 
 
 class Noise(Protocol):
@@ -186,3 +187,15 @@ def chosen(stated: dict, where: str, name: str = "") -> tuple[Diffusion, Callabl
     if asked not in by_class:
         raise WeightsError(f"{where}: _class_name = {asked!r} is not one of {', '.join(by_class)}")
     return Diffusion.from_settings(stated | {"_class_name": asked}, where), by_class[asked]
+
+
+def read_scheduler(folder: str | Path) -> dict:
+    """What a folder's `scheduler_config.json` says, as far as anything here asks for it: `chosen` knows it all.
+
+    Raises WeightsError where it is missing or damaged, or asks for what is not known.
+    """
+    path = Path(folder) / "scheduler_config.json"
+    asked = {"_class_name", *KNOWN}.union(*PUBLISHED.values(), *OF_CLASS.values())
+    stated = {name: value for name, value in settings(path, "a scheduler").items() if name in asked}
+    chosen(stated, str(path))
+    return stated

@@ -20,8 +20,10 @@ FILES = {  # preset -> file in this folder and class in it
     "medart": "medart.MedArt", "medart-skin": "medart.MedArt", "medart-tiny": "medart.MedArt",
     "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny.Kandinsky2Tiny",
     "sd14": "sd.StableDiffusion14", "sd15": "sd.StableDiffusion", "sdxl": "sdxl.SDXL",
+    "kandinsky3": "kandinsky3.Kandinsky3",
 }  # fmt: skip
-PUBLISHED = ("pixart", "kandinsky2", "sd14", "sd15", "sdxl")  # presets that `load` also reads as they were published
+# Presets that `load` also reads as they were published.
+PUBLISHED = ("pixart", "kandinsky2", "sd14", "sd15", "sdxl", "kandinsky3")
 
 
 def _file(preset: str) -> ModuleType:

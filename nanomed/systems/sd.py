@@ -23,7 +23,7 @@ from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
 from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiffusionUNet, load_stable_diffusion
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
-from nanomed.diffusion.process import Cond, read_scheduler
+from nanomed.diffusion.process import Cond
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
@@ -103,9 +103,7 @@ class StableDiffusion(System):
 
     @classmethod
     def stated(cls, place: Callable[[str], Path]) -> dict:
-        scheduler = read_scheduler(place("scheduler"))
-        samplers.chosen(scheduler, str(place("scheduler")))  # what is not known is refused under its path
-        return {"scheduler": scheduler}
+        return {"scheduler": samplers.read_scheduler(place("scheduler"))}
 
     @classmethod
     def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:

@@ -82,10 +82,10 @@ class SDXL(StableDiffusion):
         super().__init__(found, scheduler=scheduler, guidance=guidance, **settings)
         self.zero_null = zero_null
         c, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
-        made = pooled + 6 * (c.addition_time_embed_dim or 0)
-        if made != c.projection_class_embeddings_input_dim:
-            raise weights.WeightsError(f"a U-Net for {c.projection_class_embeddings_input_dim} channels of pooled text and "
-                                       f"sizes beside a CLIP that makes {made}")  # fmt: skip
+        needs, made = c.projection_class_embeddings_input_dim, pooled + 6 * (c.addition_time_embed_dim or 0)
+        if made != needs:
+            raise weights.WeightsError(f"a U-Net for {needs} channels of pooled text and sizes beside a CLIP that "
+                                       f"makes {made}")  # fmt: skip
 
     @classmethod
     def stated(cls, place: Callable[[str], Path]) -> dict:
