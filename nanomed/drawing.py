@@ -33,6 +33,7 @@ class Drawing:
 
     out: str = "samples"  # folder for the images and manifest.jsonl
     steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
+    sampler: Annotated[str, " | ddim | ddpm | dpmpp_2m | euler | pndm"] = ""  # in place of the model's own
     guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
     negative: str = ""  # what to guide away from, in place of the empty prompt
     batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
@@ -47,8 +48,11 @@ class Drawing:
 def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progress: bool = False) -> None:
     """Write OUT/{row}.png for every prompt, and manifest.jsonl when all are there.
 
-    Raises UsageError where OUT holds images of another drawing.
+    Raises UsageError where OUT holds images of another drawing, and for a sampler that the system cannot take.
     """
+    if how.sampler and system.own_sampler:
+        raise UsageError(f"--sampler {how.sampler}: {system.name} draws with a sampler of its own")
+    other = {"sampler": how.sampler} if how.sampler else {}
     system.eval()
     if how.minmax:
         system.minmax = True
@@ -67,7 +71,7 @@ def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progres
             images = system.sample(
                 texts, noise, how.steps, how.guidance,
                 negative_prompts=[how.negative] * len(texts) if how.negative else None,
-                height=how.size, width=how.size,
+                height=how.size, width=how.size, **other,
             )  # fmt: skip
         for row, image in zip(rows, images):
             if not whole(out / names[row]):
@@ -113,7 +117,7 @@ def _settings(system, prompts: list[str], how: Drawing) -> dict:
         "minmax": how.minmax,
         "precision": how.precision,
         "model": weights.fingerprint(system),
-    }
+    } | ({"sampler": how.sampler} if how.sampler else {})
     texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return {"drawing": drawing, "batch": how.batch, "rows": len(prompts), "prompts": texts}
 
@@ -125,9 +129,8 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
         if mark.is_file():
             before = json.loads(mark.read_text(encoding="utf-8"))
             if before != settings:
-                different = [
-                    key for key in settings["drawing"] if before["drawing"].get(key) != settings["drawing"][key]
-                ]
+                now, then = settings["drawing"], before["drawing"]
+                different = [key for key in {**now, **then} if then.get(key) != now.get(key)]
                 different += [key for key in ("batch", "rows", "prompts") if before.get(key) != settings[key]]
                 raise UsageError(
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "

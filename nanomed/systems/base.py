@@ -42,6 +42,7 @@ class System(Assembled):
     dropout     the share of training prompts replaced by ""
     jitter      whether the random crops that it trains on have their colours changed, too
     pad         whether images that are not square get a black border, in place of being cropped
+    own_sampler whether it has one sampler, its paper's; else `sample` takes the name of another as `sampler`
     in_order    whether a stage builds on what the ones before it have trained
     latent_shape of the latents of its images, (C, h, w)
     text_shape  of a prompt's states, (L, D)
@@ -57,6 +58,7 @@ class System(Assembled):
     dropout: float = 0.0
     jitter: bool = True
     pad: bool = False
+    own_sampler: bool = True
     in_order: bool = True
     latent_shape: tuple[int, int, int]
     text_shape: tuple[int, int]

@@ -62,6 +62,7 @@ class Kandinsky3(System):
     repository = "kandinsky-community/kandinsky-3"
     denoiser, autoencoder = "unet", "movq"
     stages = {"unet": ("unet",)}
+    own_sampler = False
     adapters = {"unet": lora.ATTENTION}
     trimmed = ("attention_mask", "prompt_embeds")
 

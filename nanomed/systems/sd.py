@@ -71,6 +71,7 @@ class StableDiffusion(System):
     }
     tokenizers: dict[str, tuple[Callable[[Path], Any], str]] = {"tokenizer": (ClipTokenizer.from_folder, "")}
     repository, denoiser = "stable-diffusion-v1-5/stable-diffusion-v1-5", "unet"
+    own_sampler = False
     adapters = {"unet": lora.ATTENTION, "text_encoder": TEXT}
     texts: tuple[str, ...] = ("text_encoder",)
     text_fields: tuple[str, ...] = ("prompt_embeds",)
