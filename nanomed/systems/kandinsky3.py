@@ -20,11 +20,10 @@ from torch import Tensor
 
 from nanomed.adapters import lora
 from nanomed.autoencoders.movq import MoVQ, load_movq
-from nanomed.denoisers.kandinsky3 import Kandinsky3Config, Kandinsky3UNet, load_kandinsky3
+from nanomed.denoisers.kandinsky3 import Kandinsky3Config, Kandinsky3UNet, load_kandinsky3, places
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond
-from nanomed.layers.masks import longest
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
 from nanomed.text.t5 import FLAN_UL2, T5Config, T5Encoder, load_t5
@@ -122,8 +121,8 @@ class Kandinsky3(System):
         return {"prompt_embeds": F.pad(states, (0, 0, 0, behind)), "attention_mask": F.pad(mask, (0, behind))}
 
     def places(self, text: Cond) -> int:
-        """Those of the longest text, and one of padding behind it."""
-        return min(longest(text["attention_mask"]) + 1, self.length)
+        """Those that texts are cut to, which are read together."""
+        return places(text["attention_mask"], self.length)
 
     # ------------------------------------------------------------------------------------------------ training
 
