@@ -21,6 +21,7 @@ FILES = {  # preset -> file in this folder and class in it
     "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny.Kandinsky2Tiny",
     "sd14": "sd.StableDiffusion14", "sd15": "sd.StableDiffusion", "sdxl": "sdxl.SDXL",
     "kandinsky3": "kandinsky3.Kandinsky3",
+    "sd-tiny": "tiny.SDTiny", "kandinsky3-tiny": "tiny.Kandinsky3Tiny",
 }  # fmt: skip
 # Presets that `load` also reads as they were published.
 PUBLISHED = ("pixart", "kandinsky2", "sd14", "sd15", "sdxl", "kandinsky3")

@@ -23,7 +23,7 @@ from nanomed.diffusion import hldf
 from nanomed.diffusion.process import Cond
 from nanomed.systems.arithmetic import held
 from nanomed.systems.assembly import Found, read_config
-from nanomed.systems.base import Reading, Weighting
+from nanomed.systems.base import Reading, System, Weighting
 from nanomed.systems.pixart import PixArt
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 
@@ -72,7 +72,37 @@ class Options:
 OPTIONS = (Options, Weighting, Reading)  # of train.py for these presets
 
 
-class MedArt(PixArt):
+class LearnsVAE(System):
+    """A system whose KL autoencoder has a stage of its own, "vae", in which it learns from nothing."""
+
+    def reconstruction_loss(self, images: Tensor) -> dict[str, Tensor]:
+        """MSE and L1 of an autoencoder's images, and 1e-6 of the KL divergence of its latents (Rombach et al. 2022)."""
+        mean, logvar = self.vae.moments(images).chunk(2, dim=1)
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        out = self.vae.decode(z * self.vae.scale)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+        l1 = F.l1_loss(out, images)
+        return {"loss": F.mse_loss(out, images) + l1 + 1e-6 * kl, "l1": l1.detach(), "kl": kl.detach()}
+
+    def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
+        """After the autoencoder: measure the standard deviation of its latents and scale them to 1 from now on."""
+        if stage != "vae":
+            return {}
+        means = torch.cat([self.vae.moments(images).chunk(2, dim=1)[0] for images in image_batches])
+        deviation = means.double().std().item()
+        self.scale_latents(1 / deviation)
+        return {"latent_std": deviation}
+
+    def scale_latents(self, factor: float) -> None:
+        self.vae.scale = self.shapes["vae"]["scaling_factor"] = factor
+
+    def resume(self, stage: str, folder: str | Path) -> None:
+        super().resume(stage, folder)
+        if stage == "vae":
+            self.scale_latents(read_config(folder)["vae"]["scaling_factor"])
+
+
+class MedArt(LearnsVAE, PixArt):
     """PixArt whose adapters learn from images' colours, too.
 
     hldf_every     N: the colour loss is added in every N-th step, the first included; 0 = never
@@ -183,34 +213,6 @@ class MedArt(PixArt):
                                      kv=like(c.num_layers, 2, self.length, c.dim)),
             lambda: self.vae.decode(like(*self.latent_shape)),
         )  # fmt: skip
-
-    # --------------------------------------------------------------------------------- a base model from nothing
-
-    def reconstruction_loss(self, images: Tensor) -> dict[str, Tensor]:
-        """MSE and L1 of an autoencoder's images, and 1e-6 of the KL divergence of its latents (Rombach et al. 2022)."""
-        mean, logvar = self.vae.moments(images).chunk(2, dim=1)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        out = self.vae.decode(z * self.vae.scale)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
-        l1 = F.l1_loss(out, images)
-        return {"loss": F.mse_loss(out, images) + l1 + 1e-6 * kl, "l1": l1.detach(), "kl": kl.detach()}
-
-    def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
-        """After the autoencoder: measure the standard deviation of its latents and scale them to 1 from now on."""
-        if stage != "vae":
-            return {}
-        means = torch.cat([self.vae.moments(images).chunk(2, dim=1)[0] for images in image_batches])
-        deviation = means.double().std().item()
-        self._scale_latents(1 / deviation)
-        return {"latent_std": deviation}
-
-    def _scale_latents(self, factor: float) -> None:
-        self.vae.scale = self.shapes["vae"]["scaling_factor"] = factor
-
-    def resume(self, stage: str, folder: str | Path) -> None:
-        super().resume(stage, folder)
-        if stage == "vae":
-            self._scale_latents(read_config(folder)["vae"]["scaling_factor"])
 
 
 def tiny_tokenizer(pieces: int) -> T5Tokenizer:
