@@ -39,6 +39,7 @@ class Drawing:
     batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
     seed: int = 0  # of all the images together
     size: Annotated[int | None, ">= 1"] = None  # side in pixels; empty: the model's own
+    tile: Annotated[int | None, ">= 32"] = None  # decode larger images one by one, in tiles of so many pixels a side
     minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     zip: bool = False  # also write OUT.zip
@@ -54,6 +55,7 @@ def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progres
         raise UsageError(f"--sampler {how.sampler}: {system.name} draws with a sampler of its own")
     other = {"sampler": how.sampler} if how.sampler else {}
     system.eval()
+    system.tile = how.tile
     if how.minmax:
         system.minmax = True
     out, settings = Path(how.out), _settings(system, prompts, how)
@@ -117,7 +119,7 @@ def _settings(system, prompts: list[str], how: Drawing) -> dict:
         "minmax": how.minmax,
         "precision": how.precision,
         "model": weights.fingerprint(system),
-    } | ({"sampler": how.sampler} if how.sampler else {})
+    } | {name: value for name, value in (("sampler", how.sampler), ("tile", how.tile)) if value}
     texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return {"drawing": drawing, "batch": how.batch, "rows": len(prompts), "prompts": texts}
 

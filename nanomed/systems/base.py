@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.adapters import lora
+from nanomed.autoencoders.tiles import decode_tiles
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.systems.arithmetic import held
@@ -51,6 +52,7 @@ class System(Assembled):
     diffusion   the noise that it trains on
     snr_gamma   min-SNR weighting of the training loss; 0 = none
     autoencoder name of the part that makes latents of images and images of latents
+    tile        larger images are decoded one by one in tiles of so many pixels a side; None: in one piece
     text_adapter kind of the text encoders' adapters, where they have one; "": as the other parts'
     """
 
@@ -68,6 +70,7 @@ class System(Assembled):
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
     text_adapter: str = ""
+    tile: int | None = None
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -146,8 +149,11 @@ class System(Assembled):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
-        part = self.get_submodule(self.autoencoder)
-        return part.decode(latents.to(self.weight(self.autoencoder))).float().to(self.device)
+        part, latents = self.get_submodule(self.autoencoder), latents.to(self.weight(self.autoencoder))
+        factor = self.size // self.latent_shape[1]
+        if self.tile and max(latents.shape[2:]) * factor > self.tile:
+            return decode_tiles(part.decode, latents, self.tile // factor, factor).float().to(self.device)
+        return part.decode(latents).float().to(self.device)
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""

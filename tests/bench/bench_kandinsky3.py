@@ -38,7 +38,7 @@ def main() -> None:
     device, dtype, side = args.device, DTYPES[args.dtype], args.size // 8
     torch.manual_seed(0)
     shape = dict(time_embedding_dim=1536 // args.width, cross_attention_dim=64 * (64 // args.width),
-                 encoder_hid_dim=4096, block_out_channels=tuple(c // args.width for c in (384, 768, 1536, 3072)))  # fmt: skip
+                 block_out_channels=tuple(c // args.width for c in (384, 768, 1536, 3072)))  # fmt: skip
     reference = diffusers.Kandinsky3UNet(**shape).to(device, dtype).eval()
     ours = weights.load(weights.build(Kandinsky3UNet, Kandinsky3Config(**shape)), dict(reference.state_dict()))
     ours = ours.eval().to(memory_format=torch.channels_last)
