@@ -30,7 +30,7 @@ NEGATIVE = ["blurred", "", "A very long text about all that should not be seen i
 MILD = dict(_class_name="DDPMScheduler", beta_start=1e-5, beta_end=0.002, clip_sample=False, steps_offset=1)
 PUBLISHED = dict(_class_name="DDPMScheduler", beta_schedule="squaredcos_cap_v2", clip_sample=True,
                  clip_sample_range=1.0, steps_offset=1, timestep_spacing="leading")  # fmt: skip
-STEPS = 4
+STEPS = 3
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def watch(movq: nn.Module) -> list[Tensor]:
     return seen
 
 
-SETTINGS = dict(height=128, width=64, steps=STEPS, guidance=4.0, negative=None)
+SETTINGS = dict(height=64, width=64, steps=STEPS, guidance=4.0, negative=None)
 
 
 @torch.no_grad()
@@ -148,12 +148,11 @@ def excess(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> flo
 # ------------------------------------------------------------------------------------------------- prompt to pixels
 
 CASES = {
-    "128 x 64": {},
-    "64 x 64": dict(height=64),
+    "64 x 64": {},
+    "128 x 64": dict(height=128),
     "negative prompts, one longer than all prompts": dict(negative=NEGATIVE),
     "64 x 100, rounded up to 64 x 128": dict(height=64, width=100, guidance=2.5),
     "no guidance": dict(guidance=1.0),
-    "one step": dict(steps=1),
 }
 
 
@@ -217,10 +216,10 @@ def test_other_samplers_on_the_same_files(folder, tmp_path):
     system, pipe = load(folder), pipeline(folder)
     for name, cls in (("ddim", diffusers.DDIMScheduler), ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler)):
         pipe.scheduler = cls.from_config(MILD)
-        expected = pipe(PROMPTS, height=128, width=64, num_inference_steps=STEPS, output_type="latent",
+        expected = pipe(PROMPTS, height=64, width=64, num_inference_steps=STEPS, output_type="latent",
                         generator=torch.Generator().manual_seed(5)).images  # fmt: skip
         seen = watch(system.movq)
-        system.sample(PROMPTS, Replay(3), STEPS, height=128, width=64, sampler=name)
+        system.sample(PROMPTS, Replay(3), STEPS, height=64, width=64, sampler=name)
         close(seen[0], expected, 1e-5)
     with pytest.raises(weights.WeightsError, match="skip_prk_steps = False"):
         system.sample(PROMPTS, Replay(3), STEPS, sampler="pndm")

@@ -49,7 +49,7 @@ UNETS = {
     ),
 }  # fmt: skip
 FACTORS = {"sd15": 0.18215, "sdxl": 0.13025}
-STEPS = 5
+STEPS = 4
 
 
 def tower(vocabulary: int, width: int, projection: bool) -> nn.Module:
@@ -185,8 +185,8 @@ SAMPLERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmpp_2m": "DPMSo
             "euler": "EulerDiscreteScheduler", "pndm": "PNDMScheduler"}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", UNETS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind, sampler", [*(("sd15", name) for name in SAMPLERS), ("sdxl", "dpmpp_2m"),
+                                           ("sdxl", "euler")])  # fmt: skip
 def test_other_samplers_on_the_same_files_equal_diffusers(kind, sampler, folders):
     """As `from_config` of another class on the folder's settings. DPM-Solver has a leading grid of its own."""
     expected = reference(kind, folders[kind], **SETTINGS | dict(sampler=SAMPLERS[sampler]))

@@ -21,11 +21,9 @@ from torch import Tensor
 from nanomed.adapters import lora
 from nanomed.autoencoders.movq import MoVQ, load_movq
 from nanomed.denoisers.kandinsky3 import Kandinsky3Config, Kandinsky3UNet, load_kandinsky3, places
-from nanomed.diffusion import samplers
-from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import System, Weighting
+from nanomed.systems.base import Scheduled, Weighting
 from nanomed.text.t5 import FLAN_UL2, T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.weights import WeightsError
@@ -40,13 +38,11 @@ SCHEDULER = dict(_class_name="DDPMScheduler", beta_schedule="squaredcos_cap_v2",
 OPTIONS = (Weighting,)  # of train.py for these presets
 
 
-class Kandinsky3(System):
+class Kandinsky3(Scheduled):
     """U-Net, MoVQ and FLAN-UL2.
 
-    scheduler   settings of noise and sampler, in the words of a scheduler_config.json
     length      tokens of a prompt, </s> included
-    guidance    on the standard scale, 1 = none; published as 3, which is (3 + 1) text - 3 null
-    snr_gamma   min-SNR weighting of the training loss; 0 = none
+    guidance    on the standard scale; published as 3, which is (3 + 1) text - 3 null
     pad         images that are not square are padded with black, instead of cropped
     """
 
@@ -59,9 +55,8 @@ class Kandinsky3(System):
     }  # fmt: skip
     tokenizers = {"tokenizer": (T5Tokenizer.from_folder, "")}
     repository = "kandinsky-community/kandinsky-3"
-    denoiser, autoencoder = "unet", "movq"
+    autoencoder = "movq"
     stages = {"unet": ("unet",)}
-    own_sampler = False
     adapters = {"unet": lora.ATTENTION}
     trimmed = ("attention_mask", "prompt_embeds")
 
@@ -76,28 +71,21 @@ class Kandinsky3(System):
         guidance: float = 4.0,
         snr_gamma: float = 5.0,
         pad: bool = True,
-        dropout: float = 0.0,
+        **settings: Any,
     ):
-        super().__init__(found)
+        super().__init__(
+            found, scheduler=scheduler, steps=steps, guidance=guidance, snr_gamma=snr_gamma, **settings
+        )
         needs = self.unet.config.encoder_hid_dim, self.unet.config.in_channels
         has = self.text_encoder.config.d_model, self.movq.latent_channels
         if needs != has:
             raise WeightsError(f"a U-Net for text and latents of {needs} channels beside T5 and MoVQ of {has}")
-        self.scheduler = dict(scheduler)
-        self.diffusion, _ = samplers.chosen(self.scheduler, "scheduler")
-        self.size, self.length, self.steps, self.guidance = size, length, steps, guidance
-        self.snr_gamma, self.pad, self.dropout = snr_gamma, pad, dropout
+        self.size, self.length, self.pad = size, length, pad
         self.latent_shape, self.text_shape = self.latent_size(size, size), (length, needs[0])
-
-    @classmethod
-    def stated(cls, place: Callable[[str], Path]) -> dict:
-        return {"scheduler": samplers.read_scheduler(place("scheduler"))}
 
     @classmethod
     def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         return {"tokenizer": train_unigram(["An endoscopic image of a polyp."], 100)}
-
-    # ------------------------------------------------------------------------------------------------ text
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """{"prompt_embeds": (B, 128, 4096), zero at padding, "attention_mask": bool (B, 128)}. Each distinct prompt is
@@ -124,13 +112,21 @@ class Kandinsky3(System):
         """Those that texts are cut to, which are read together."""
         return places(text["attention_mask"], self.length)
 
-    # ------------------------------------------------------------------------------------------------ training
+    def conditions(
+        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
+    ) -> tuple[Cond, Cond]:
+        """Negative prompts are cut where the prompts are."""
+        text = self.encode_text(prompts)
+        nothing = {name: torch.zeros_like(value) for name, value in text.items()}
+        away = self.encode_text(negative_prompts) if negative_prompts else nothing
+        return self.read(text, self.places(text)), self.read(away, self.places(text))
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         def encode(images: Tensor) -> dict[str, Tensor]:
             return {"latents": self.movq.encode(images.to(self.weight("movq"))).float()}
 
-        return super().frozen(stage) and super().frozen(stage) | {"image": ("movq", encode)}
+        found = super().frozen(stage)
+        return found and found | {"image": ("movq", encode)}
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """MSE between the noise and what the U-Net says of it. `batch` holds "image" or its cached "latents", and
@@ -144,35 +140,6 @@ class Kandinsky3(System):
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         found = super().example(stage, batch, device)
         return found | {"latents": torch.randn(batch, *self.latent_shape, device=device)}
-
-    # ------------------------------------------------------------------------------------------------ sampling
-
-    def sample(
-        self,
-        prompts: list[str],
-        noise: samplers.Noise,
-        steps: int | None = None,
-        guidance: float | None = None,
-        negative_prompts: list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        sampler: str = "",
-    ) -> Tensor:
-        """Draw one image for each prompt: (B, 3, height, width) in [0, 1], the sides rounded up to multiples of 64.
-
-        `noise.randn` is asked for the initial latents, then by "ddpm" once a step. Negative prompts are cut where the
-        prompts are. `sampler` is one of samplers.SAMPLERS in place of the scheduler's own.
-        """
-        if negative_prompts and len(negative_prompts) != len(prompts):
-            raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
-        diffusion, draw = samplers.chosen(self.scheduler, "scheduler", sampler)
-        x = noise.randn(*self.latent_size(height or self.size, width or self.size))
-        text = self.encode_text(prompts)
-        nothing = {name: torch.zeros_like(value) for name, value in text.items()}
-        away = self.encode_text(negative_prompts) if negative_prompts else nothing
-        cond, null = (self.read(part, self.places(text)) for part in (text, away))
-        denoise = self.cast(guided(self.unet, cond, null, self.guidance if guidance is None else guidance))
-        return self.to_unit(self.decode(draw(denoise, diffusion, x, steps or self.steps, noise)))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) of a size in pixels, the latents' sides rounded up to the U-Net's multiples of 8.

@@ -21,11 +21,9 @@ from torch import Tensor
 from nanomed.adapters import lora
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
 from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiffusionUNet, load_stable_diffusion
-from nanomed.diffusion import samplers
-from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import System, Weighting
+from nanomed.systems.base import Scheduled, Weighting
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
 from nanomed.text.tokenizers import ClipTokenizer, train_bpe
 from nanomed.weights import WeightsError
@@ -54,12 +52,10 @@ class Options:
 OPTIONS = (Options, Weighting)  # of train.py for these presets
 
 
-class StableDiffusion(System):
+class StableDiffusion(Scheduled):
     """U-Net + VAE + CLIP.
 
-    scheduler     settings of noise and sampler, in the words of a scheduler_config.json
     size          side of the images that it trains on and draws; None: the side that the U-Net is made for
-    snr_gamma     min-SNR weighting of the training loss; 0 = none
     text_adapter  kind of the text encoders' adapters; "" as the U-Net's, "none": they do not train
     """
 
@@ -70,8 +66,7 @@ class StableDiffusion(System):
         "text_encoder": Part(lambda **shape: ClipText(ClipTextConfig(**shape)), load_clip_text, TRANSFORMERS),
     }
     tokenizers: dict[str, tuple[Callable[[Path], Any], str]] = {"tokenizer": (ClipTokenizer.from_folder, "")}
-    repository, denoiser = "stable-diffusion-v1-5/stable-diffusion-v1-5", "unet"
-    own_sampler = False
+    repository = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     adapters = {"unet": lora.ATTENTION, "text_encoder": TEXT}
     texts: tuple[str, ...] = ("text_encoder",)
     text_fields: tuple[str, ...] = ("prompt_embeds",)
@@ -84,33 +79,23 @@ class StableDiffusion(System):
         size: int | None = None,
         steps: int = 50,
         guidance: float = 7.5,
-        dropout: float = 0.0,
-        snr_gamma: float = 0.0,
         text_adapter: str = "none",
+        **settings: Any,
     ):
-        super().__init__(found)
+        super().__init__(found, scheduler=scheduler, steps=steps, guidance=guidance, **settings)
         c, vae = self.unet.config, self.vae.config
         needs, has = (c.cross_attention_dim, c.in_channels), (self.text_width(), vae.latent_channels)
         if needs != has or c.in_channels != c.out_channels:
             raise WeightsError(f"a U-Net for text and latents of {needs} channels beside CLIP and VAE of {has}")
-        self.scheduler = dict(scheduler)
-        self.diffusion, _ = samplers.chosen(self.scheduler, "scheduler")
         self.size = size or c.sample_size * self.vae.factor
-        self.steps, self.guidance, self.dropout, self.snr_gamma = steps, guidance, dropout, snr_gamma
         self.text_adapter = text_adapter
         self.stages = {"unet": ("unet",) if text_adapter == "none" else ("unet", *self.texts)}
         self.latent_shape = self.latent_size(self.size, self.size)
         self.text_shape = (self.text_encoder.config.max_position_embeddings, c.cross_attention_dim)
 
     @classmethod
-    def stated(cls, place: Callable[[str], Path]) -> dict:
-        return {"scheduler": samplers.read_scheduler(place("scheduler"))}
-
-    @classmethod
     def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         return {name: train_bpe(["An endoscopic image of a polyp."], 100) for name in cls.tokenizers}
-
-    # ------------------------------------------------------------------------------------------------ text
 
     def text_width(self) -> int:
         """Channels of the states that the U-Net is given."""
@@ -134,7 +119,11 @@ class StableDiffusion(System):
         """What the U-Net is called with for images of a size in pixels. Once for a prompt, not for a step."""
         return self.unet.read_text(text["prompt_embeds"].to(self.dtype))
 
-    # ------------------------------------------------------------------------------------------------ training
+    def conditions(
+        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
+    ) -> tuple[Cond, Cond]:
+        away = self.encode_text(negative_prompts) if negative_prompts else self.no_text(prompts)
+        return self.read(self.encode_text(prompts), height, width), self.read(away, height, width)
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """MSE between what the U-Net says and the noise, or v. `batch` holds "image" or its cached "moments", and
@@ -142,36 +131,6 @@ class StableDiffusion(System):
         x0 = self.latents(batch)
         cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
         return {"loss": self.denoising_loss(self.cast(partial(self.unet, **cond)), x0)}
-
-    # ------------------------------------------------------------------------------------------------ sampling
-
-    def sample(
-        self,
-        prompts: list[str],
-        noise: samplers.Noise,
-        steps: int | None = None,
-        guidance: float | None = None,
-        negative_prompts: list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        sampler: str = "",
-    ) -> Tensor:
-        """Draw one image for each prompt: (B, 3, height, width) in [0, 1], sides in multiples of 8.
-
-        `noise.randn` is asked for the initial latents, and by "ddpm" then once a step. `sampler` is one of
-        samplers.SAMPLERS in place of the scheduler's own.
-        """
-        height, width = height or self.size, width or self.size
-        if negative_prompts and len(negative_prompts) != len(prompts):
-            raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
-        diffusion, draw = samplers.chosen(self.scheduler, "scheduler", sampler)
-        x, scale = noise.randn(*self.latent_size(height, width)), self.guidance if guidance is None else guidance
-        cond = null = self.read(self.encode_text(prompts), height, width)
-        if scale != 1:
-            away = self.encode_text(negative_prompts) if negative_prompts else self.no_text(prompts)
-            null = self.read(away, height, width)
-        denoise = self.cast(guided(self.unet, cond, null, scale))
-        return self.to_unit(self.decode(draw(denoise, diffusion, x, steps or self.steps, noise)))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) of a size in pixels."""
