@@ -59,7 +59,7 @@ def test_tiles_are_no_more_than_needed():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["sd-tiny", "kandinsky3-tiny", "msdm-tiny"])
+@pytest.mark.parametrize("preset", ["sd-tiny", "kandinsky2-tiny", "kandinsky3-tiny", "msdm-tiny"])
 def test_every_system_decodes_in_tiles(preset):
     """Images larger than a tile, one by one; those that fit as ever."""
     system = systems.build(preset).eval()

@@ -152,9 +152,10 @@ class System(Assembled):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
         part, latents = self.get_submodule(self.autoencoder), latents.to(self.weight(self.autoencoder))
-        factor = self.size // self.latent_shape[1]
-        if self.tile and max(latents.shape[2:]) * factor > self.tile:
-            return decode_tiles(part.decode, latents, self.tile // factor, factor).float().to(self.device)
+        if self.tile:
+            factor = self.size // self.latent_shape[1]
+            if max(latents.shape[2:]) * factor > self.tile:
+                return decode_tiles(part.decode, latents, self.tile // factor, factor).float().to(self.device)
         return part.decode(latents).float().to(self.device)
 
     def to_unit(self, images: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ class Kandinsky2(System):
         self.guidance, self.prior_guidance = guidance, prior_guidance
         self.snr_gamma, self.released = snr_gamma, released
         self.prior_diffusion, self.diffusion = schedules
+        self.latent_shape = (self.unet.in_channels, size // self.movq.factor, size // self.movq.factor)
 
     @classmethod
     def stated(cls, place: Callable[..., Path]) -> dict:
