@@ -53,6 +53,7 @@ class Config:
     schedule: Annotated[str, "constant | cosine | linear"] = "constant"  # of the learning rate, after the warm-up
     warmup: Annotated[int, ">= 0"] = 0  # steps over which the learning rate rises
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of AdamW; the paper's is 0, not AdamW's default
+    eps: Annotated[float, "> 0"] = 1e-8  # of AdamW, beside the root of the second moment
     clip: Annotated[float, ">= 0"] = 1.0  # limit on the norm of all gradients; 0 = none
     ema: Annotated[float, "0 ..< 1"] = 0.999  # decay of the averaged weights; 0 = no average
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
@@ -266,7 +267,7 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
     placement = Placement(system, stage, config.frozen, ranks, bool(config.stage) or stage == [*system.stages][-1])
     params = system.trainable(stage)
     run.say(system.load_optional(stage, config.weights or None))
-    descent = Descent(params, config.weight_decay, config.ema, config.precision == "fp16")
+    descent = Descent(params, config.weight_decay, config.ema, config.precision == "fp16", config.eps)
     batches = caches.batches(config, system, stage, train, ranks)
     placement.settle()
     together = config.batch * config.accumulate * ranks.world  # samples of one step

@@ -33,11 +33,13 @@ class Drawing:
 
     out: Annotated[str, "a folder to write"] = "samples"  # folder for the images and manifest.jsonl
     steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
+    sampler: Annotated[str, " | ddim | ddpm | dpmpp_2m | euler | pndm"] = ""  # in place of the model's own
     guidance: Annotated[float | None, "0 .. 1000"] = None  # guidance scale, 1 = none; empty: the model's own
     negative: str = ""  # what to guide away from, in place of the empty prompt
     batch: Annotated[int, "1 .. 65536"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the images together
     size: Annotated[int | None, "1 .. 16384"] = None  # side in pixels; empty: the model's own
+    tile: Annotated[int | None, "32 .. 16384"] = None  # decode larger images one by one, in tiles of such a side
     minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     zip: bool = False  # also write OUT.zip
@@ -47,13 +49,16 @@ class Drawing:
 def draw(system, prompts: list[str], how: Drawing, ranks: Ranks = ALONE, progress: bool = False) -> None:
     """Write OUT/{row}.png for every prompt, and manifest.jsonl when all are there.
 
-    Raises UsageError where OUT holds images of another drawing, and for a size or a number of steps that the system
-    cannot draw, and DataError for prompts that it cannot read; a drawing that fails before its first image leaves no
-    trace in OUT.
+    Raises UsageError where OUT holds images of another drawing, and for a size, a number of steps or a sampler that the
+    system cannot take, and DataError for prompts that it cannot read; a drawing that fails before its first image
+    leaves no trace in OUT.
     """
+    if how.sampler and system.own_sampler:
+        raise UsageError(f"--sampler {how.sampler}: {system.name} draws with a sampler of its own")
     system.check(how.steps, how.size)
     system.check_prompts([*prompts, how.negative])
     system.eval()
+    system.tile = how.tile
     if how.minmax:
         system.minmax = True
     out, settings = Path(how.out), _settings(system, prompts, how)
@@ -94,7 +99,7 @@ def _draw(system, prompts: list[str], how: Drawing, ranks: Ranks, names: list[st
             images = system.sample(
                 texts, noise, how.steps, how.guidance,
                 negative_prompts=[how.negative] * len(texts) if how.negative else None,
-                height=how.size, width=how.size,
+                height=how.size, width=how.size, **({"sampler": how.sampler} if how.sampler else {}),
             )  # fmt: skip
         for row, image in zip(rows, images):
             if not whole(out / names[row]):
@@ -132,7 +137,7 @@ def _settings(system, prompts: list[str], how: Drawing) -> dict:
         "minmax": how.minmax,
         "precision": how.precision,
         "model": weights.fingerprint(system),
-    }
+    } | {name: value for name, value in (("sampler", how.sampler), ("tile", how.tile)) if value}
     texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return {"drawing": drawing, "batch": how.batch, "rows": len(prompts), "prompts": texts}
 
@@ -145,9 +150,8 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
         if mark.is_file() and drawn:
             before = _read(mark)
             if before != settings:
-                different = [
-                    key for key in settings["drawing"] if before["drawing"].get(key) != settings["drawing"][key]
-                ]
+                now, then = settings["drawing"], before["drawing"]
+                different = [key for key in {**now, **then} if then.get(key) != now.get(key)]
                 different += [key for key in ("batch", "rows", "prompts") if before.get(key) != settings[key]]
                 raise UsageError(
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "

@@ -73,7 +73,7 @@ def there(place, monkeypatch):
     two = grammar.all_prompts()[:2]
     monkeypatch.setattr(grammar, "all_prompts", lambda: list(two))
     monkeypatch.setattr(toyworld, "train_stand_in", lambda path: 1.0)
-    for system in ("msdm.MSDM", "medart.MedArt", "kandinsky2_tiny.Kandinsky2Tiny"):
+    for system in ("msdm.MSDM", "medart.MedArt", "miniatures.kandinsky2.Kandinsky2Tiny"):
         monkeypatch.setattr(f"nanomed.systems.{system}.sample", lambda s, p, *a, **k: torch.zeros(len(p), 3, 8, 8))
     return place
 

@@ -26,7 +26,8 @@ from nanomed.run import runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.randomness import ImageNoise
 from nanomed.run.signals import PREEMPTED
-from nanomed.systems import kandinsky2, kandinsky2_tiny
+from nanomed.systems import kandinsky2
+from nanomed.systems.miniatures import kandinsky2 as kandinsky2_tiny
 from nanomed.text.clip_vision import preprocess
 
 TINY = ["--model", "kandinsky2-tiny", "--data", "toy:24", "--batch", "4", "--steps", "2", "--save_every", "2",

@@ -40,7 +40,7 @@ from nanomed.run.ranks import ALONE
 from nanomed.run.signals import PREEMPTED
 from nanomed.systems.assembly import Found
 from nanomed.systems.medart import PRESETS, MedArt
-from nanomed.systems.medart_tiny import MedArtTiny, tiny_tokenizer
+from nanomed.systems.miniatures.medart import MedArtTiny, tiny_tokenizer
 from nanomed.text.t5 import T5Config, T5Encoder
 from nanomed.training.placement import Placement
 

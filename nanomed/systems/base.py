@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.adapters import lora
+from nanomed.autoencoders.tiles import decode_tiles
 from nanomed.data.prompts import CLASSES, WORDS
 from nanomed.data.table import Table
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.systems.arithmetic import held
-from nanomed.systems.assembly import Assembled, read_config
+from nanomed.systems.assembly import Assembled, Found, read_config
 
 
 @dataclass
@@ -45,6 +48,7 @@ class System(Assembled):
     dropout     the share of training prompts replaced by ""
     jitter      whether the random crops that it trains on have their colours changed, too
     pad         whether images that are not square get a black border, in place of being cropped
+    own_sampler whether it has one sampler, its paper's; else `sample` takes the name of another as `sampler`
     in_order    whether a stage builds on what the ones before it have trained
     latent_shape of the latents of its images, (C, h, w)
     text_shape  of a prompt's states, (L, D)
@@ -54,6 +58,8 @@ class System(Assembled):
     snr_gamma   min-SNR weighting of the training loss; 0 = none
     autoencoder name of the part that makes latents of images and images of latents
     columns     of a file of prompts, the first that is there
+    tile        larger images are decoded one by one in tiles of so many pixels a side; None: in one piece
+    text_adapter kind of the text encoders' adapters, where they have one; "": as the other parts'
     """
 
     size: int
@@ -61,6 +67,7 @@ class System(Assembled):
     dropout: float = 0.0
     jitter: bool = True
     pad: bool = False
+    own_sampler: bool = True
     in_order: bool = True
     latent_shape: tuple[int, int, int]
     text_shape: tuple[int, int]
@@ -70,6 +77,8 @@ class System(Assembled):
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
     columns: tuple[str, ...] = (*WORDS, *CLASSES)
+    text_adapter: str = ""
+    tile: int | None = None
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -160,10 +169,18 @@ class System(Assembled):
             fields["text"] = (" ".join(readers), self.states)
         return fields
 
+    def cast(self, denoise: Denoise) -> Denoise:
+        """The network sees x in its own dtype, the sampler or the loss computes in that of x."""
+        return lambda x, t: denoise(x.to(self.dtype), t).to(x.dtype)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
-        part = self.get_submodule(self.autoencoder)
-        return part.decode(latents.to(self.weight(self.autoencoder))).float().to(self.device)
+        part, latents = self.get_submodule(self.autoencoder), latents.to(self.weight(self.autoencoder))
+        if self.tile:
+            factor = self.size // self.latent_shape[1]
+            if max(latents.shape[2:]) * factor > self.tile:
+                return decode_tiles(part.decode, latents, self.tile // factor, factor).float().to(self.device)
+        return part.decode(latents).float().to(self.device)
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""
@@ -282,7 +299,8 @@ class System(Assembled):
         for part in self.stages[stage]:
             if part not in self.adapters:
                 raise UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
-            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], kind)
+            mine = self.text_adapter if self.text_adapter and part.startswith("text_encoder") else kind
+            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
     def trainable(self, stage: str) -> dict[str, nn.Parameter]:
         """Freeze everything but the stage's parts, or the adapters on them; return by name what trains."""
@@ -300,3 +318,69 @@ class System(Assembled):
         for part in self.adapters:
             if lora.adapted(self.get_submodule(part)):
                 lora.fold(self.get_submodule(part))
+
+
+class Scheduled(System):
+    """A system with a `unet` that draws as its folder's `scheduler_config.json` says, or by another sampler on the
+    same noise.
+
+    scheduler  settings of noise and sampler, in the words of that file
+    guidance   on the standard scale, 1 = none
+    """
+
+    denoiser = "unet"
+    own_sampler = False
+
+    def __init__(
+        self,
+        found: Found,
+        *,
+        scheduler: dict,
+        steps: int,
+        guidance: float,
+        dropout: float = 0.0,
+        snr_gamma: float = 0.0,
+    ):
+        super().__init__(found)
+        self.scheduler = dict(scheduler)
+        self.diffusion, _ = samplers.chosen(self.scheduler, "scheduler")
+        self.steps, self.guidance, self.dropout, self.snr_gamma = steps, guidance, dropout, snr_gamma
+
+    @classmethod
+    def stated(cls, place: Callable[[str], Path]) -> dict:
+        return {"scheduler": samplers.read_scheduler(place("scheduler"))}
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of the latents of an image of a size in pixels."""
+        raise NotImplementedError
+
+    def conditions(
+        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
+    ) -> tuple[Cond, Cond]:
+        """The two conditions of guidance, as the U-Net takes them: of the prompts, and what it leads away from."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        prompts: list[str],
+        noise: samplers.Noise,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompts: list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str = "",
+    ) -> Tensor:
+        """Draw one image for each prompt: (B, 3, height, width) in [0, 1], of the size of `latent_size`.
+
+        `noise.randn` is asked for the initial latents, and by "ddpm" then once a step. `sampler` is one of
+        samplers.SAMPLERS in place of the scheduler's own.
+        """
+        if negative_prompts and len(negative_prompts) != len(prompts):
+            raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
+        height, width = height or self.size, width or self.size
+        diffusion, draw = samplers.chosen(self.scheduler, "scheduler", sampler)
+        x = noise.randn(*self.latent_size(height, width))
+        cond, null = self.conditions(prompts, negative_prompts, height, width)
+        denoise = self.cast(guided(self.unet, cond, null, self.guidance if guidance is None else guidance))
+        return self.to_unit(self.decode(draw(denoise, diffusion, x, steps or self.steps, noise)))

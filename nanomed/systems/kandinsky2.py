@@ -94,6 +94,7 @@ class Kandinsky2(System):
         self.unit = self.movq.factor**2
         if size % self.unit:
             raise UsageError(f"--size {size}: a multiple of {self.unit} for {self.name}")
+        self.latent_shape = (self.unet.in_channels, size // self.movq.factor, size // self.movq.factor)
 
     @classmethod
     def stated(cls, place: Callable[..., Path]) -> dict:

@@ -4,7 +4,7 @@ with HLDF, a loss on the colours of finished images.
     loss = |noise - predicted noise|^2                                    in every step (eq. 3, pixart.py)
          + 1/M [colours of an image drawn in M steps - colours of data]^2   in every N-th step (eq. 4 and 5, hldf.py)
 
-medart_tiny.py makes what the paper finds published, an autoencoder and a base model, in minutes on a CPU.
+miniatures/medart.py makes what the paper finds published, an autoencoder and a base model, in minutes on a CPU.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from nanomed.adapters import lora
 from nanomed.diffusion import hldf
 from nanomed.systems.arithmetic import held
 from nanomed.systems.assembly import Found
@@ -120,10 +119,6 @@ class MedArt(PixArt):
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         return super().example(stage, batch, device) | {"colours": torch.rand(batch, 6, device=device)}
 
-    def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
-        for part in self.stages[stage]:
-            mine = self.text_adapter or kind if part == "text_encoder" else kind
-            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
     def activations(self, stage: str, batch: int) -> dict[str, float]:
         """In a step with HLDF the graph of the noise loss is there, those of the texts of both branches, and one of the
