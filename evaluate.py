@@ -14,33 +14,37 @@ the network. A set is a folder of images, of class folders, or a data set as tra
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
 from nanomed.run.ranks import Ranks
 
+PROTOCOLS = "tf | pytorch-fid | clean | torchmetrics | torchmetrics>=1.8 | imageclef2024"
+
 
 @dataclass
 class Config:
-    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B as one; toy: fresh scenes; FILE.npz of FID
+    real: str = ""  # real images: a set, or several by comma, NAME=SET, A+B as one; toy; FILE.npz or cached features
     fake: str = ""  # generated images; with the manifest.jsonl of sample.py their prompts are known
     train: str = ""  # what the model was trained on, for memorisation and classify; empty: the real images
     prompts: str = ""  # file of prompts, row i for the i-th image by name; a column label gives classes
-    out: str = "results"  # folder for results.json and report.html
+    out: Annotated[str, "a folder to write"] = "results"  # folder for results.json and report.html
     metrics: str = ""  # such as fid,kid,pr,dino,cmmd (a name that is none lists them), or all; empty: the usual ones
-    protocol: str = "tf"  # tf (the papers) | pytorch-fid | clean | torchmetrics (>= 1.8) | imageclef2024
-    paper: str = ""  # mmcp | medart: the paper's own choice of prompts and real images
+    protocol: Annotated[str, PROTOCOLS] = "tf"  # tf: the papers' own; of torchmetrics the versions from 1.8 on
+    paper: Annotated[str, " | mmcp | medart"] = ""  # the paper's own choice of prompts and real images
     compare: str = ""  # results to put side by side: folders or NAME=FOLDER
     inception: str = ""  # the Inception file; empty: weights/inception/
     classifier: str = ""  # what classify starts from: a folder, or tiny; empty: google/vit-base-patch16-224-in21k
     weights: str = ""  # where weights are, besides weights/ and the Hugging Face cache
-    cache: str = "runs/cache"  # where features are kept
+    cache: Annotated[str, "a folder to write"] = "runs/cache"  # where features are kept
     intervals: bool = True  # with intervals and floors: a dozen times the arithmetic, no more passes of a network
     skip_bad: bool = False  # leave damaged images out, counted and named, instead of stopping
-    limit: int = 0  # use the first images of every set only; 0 = all
-    batch: int = 32  # images at a time in a network
-    seed: int = 2204  # of splits (train.py's default), rows, subsets, groups and classifiers
-    stand_in: str = ""  # train the toy world's classifier, write it to this file and stop
+    limit: Annotated[int, ">= 0"] = 0  # use the first images of every set only; 0 = all
+    batch: Annotated[int, "1 .. 65536"] = 32  # images at a time in a network
+    k: Annotated[int, ">= 1"] = 3  # neighbours of precision and recall
+    seed: Annotated[int, "0 ..< 2^32"] = 2204  # of splits (train.py's default), rows, subsets, groups and classifiers
+    stand_in: Annotated[str, "a file to write"] = ""  # train the toy world's classifier, write it to this file and stop
 
 
 def main() -> None:
@@ -93,14 +97,8 @@ def gathered(words: list[str]) -> list[str]:
 def chosen(config: Config) -> tuple[str, ...]:
     """The metrics to measure."""
     from nanomed.evaluation.measuring import EVERYTHING, FOREIGN, METRICS, ORGANISERS
-    from nanomed.metrics.features import PROTOCOLS
 
-    protocols = (*PROTOCOLS, ORGANISERS)
     config.protocol = "torchmetrics" if config.protocol == "torchmetrics>=1.8" else config.protocol
-    if config.protocol not in protocols:
-        raise UsageError(f"--protocol {config.protocol}: choose among {', '.join(protocols)}")
-    if config.paper not in ("", "mmcp", "medart"):
-        raise UsageError(f"--paper {config.paper}: choose mmcp or medart")
     asked = tuple(name.strip() for name in config.metrics.split(",") if name.strip())
     if unknown := [name for name in asked if name not in (*METRICS, EVERYTHING)]:
         raise UsageError(f"--metrics {unknown[0]}: choose among {', '.join(METRICS)}, or all")
@@ -136,7 +134,7 @@ def find_sets(config: Config):
 
     reals, found, known = {}, {}, {}
     for name, specs in named(config.real).items():
-        if specs[0].endswith(".npz") and len(specs) == 1:
+        if len(specs) == 1 and statistics.holds(specs[0]):
             known[name] = statistics.read(specs[0])
             continue
         for spec in specs:
@@ -158,6 +156,7 @@ def find_sets(config: Config):
         for spec in found
         if (Path(spec) / "manifest.jsonl").is_file()
     ]
+    notes = notes or [said for spec in found if (said := imagesets.exchanged(spec, config.fake))]
     return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes, statistics=known)
 
 

@@ -21,7 +21,7 @@ from nanomed.run.ranks import Ranks
 
 @dataclass
 class Config(Drawing):
-    prompts: str = ""  # CSV with a column prompt, Prompt or text (, or ; between columns), or a text file
+    prompts: str = ""  # CSV with a column prompt, text, label or category (, or ; between columns), or a text file
     model: str = ""  # a run folder or a name under weights/; empty: the newest finished run, else weights/msdm-tiny
     lora: str = ""  # adapters to fold in: FILE_OR_FOLDER, with a weight FILE=0.8, several by comma
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
@@ -36,11 +36,12 @@ def main() -> None:
     from nanomed.data.prompts import read_rows
     from nanomed.run import runs
 
-    rows = read_rows(config.prompts)
+    read_rows(config.prompts)  # what is wrong with it is said before a model is read
     ranks = Ranks.join()
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=ranks.device, lora=config.lora)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
+    rows = read_rows(config.prompts, system.columns)
     if ranks.first:
         print(f"{len(rows)} prompts, {len({row['prompt'] for row in rows})} of them distinct; model {name}")
     draw(system, rows, config, ranks, progress=True)

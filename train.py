@@ -16,7 +16,8 @@ from typing import Annotated
 import torch
 
 from nanomed import systems
-from nanomed.run import flags, signals
+from nanomed.data.prompts import read_prompts
+from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.hardware import autocast, keep_memory
 from nanomed.run.randomness import seed_all, seed_of
@@ -35,10 +36,10 @@ class Config:
     frozen: str = "device"  # where parts that do not train live: device, cpu or share (FSDP2); or PART=PLACE,...
     # ---- data
     data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR
-    size: Annotated[int | None, ">= 1"] = None  # side of the images in pixels; empty: the model's own
+    size: Annotated[int | None, "1 .. 16384"] = None  # side of the images in pixels; empty: the model's own
     valid: Annotated[float, "0 ..< 1"] = 0.1  # share of the images held out, by image
     augment: bool = True  # random square crops and colour jitter, as the paper; else centre crops
-    views: Annotated[int, ">= 0"] = 8  # random crops of an image whose latents are cached; 0: a new one every time
+    views: Annotated[int, "0 .. 10000"] = 8  # random crops of an image whose latents are cached; 0: new ones every time
     captions: str = ""  # in place of the data's own: empty, "An endoscopic image of {category}", or a CSV file
     paraphrases: str = ""  # CSV of Prompt,Paraphrase (python -m nanomed.captions.paraphrase makes one)
     strategy: Annotated[str, "add | some | all"] = "add"  # paraphrases as pairs of their own, half the time, or always
@@ -46,14 +47,15 @@ class Config:
     # chunk: read in pieces of 75, whose states are joined (systems that read CLIP alone)
     dropout: Annotated[float | None, "0 .. 1"] = None  # share of prompts replaced by ""; empty: the model's own
     # ---- optimisation
-    steps: Annotated[int, ">= 1"] = 100_000  # optimizer steps of a stage
-    epochs: Annotated[float, ">= 0"] = 0.0  # passes over the training pairs, in place of a number of steps
-    batch: Annotated[int, ">= 1"] = 32  # samples at a time on each process
-    accumulate: Annotated[int, ">= 1"] = 1  # backward passes in one step
+    steps: Annotated[int, "1 .. 10^9"] = 100_000  # optimizer steps of a stage
+    epochs: Annotated[float, "0 .. 10^6"] = 0.0  # passes over the training pairs, in place of a number of steps
+    batch: Annotated[int, "1 .. 65536"] = 32  # samples at a time on each process
+    accumulate: Annotated[int, "1 .. 65536"] = 1  # backward passes in one step
     lr: Annotated[float, "> 0"] = 1e-4  # learning rate
     schedule: Annotated[str, "constant | cosine | linear"] = "constant"  # of the learning rate, after the warm-up
     warmup: Annotated[int, ">= 0"] = 0  # steps over which the learning rate rises
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of AdamW; the paper's is 0, not AdamW's default
+    eps: Annotated[float, "> 0"] = 1e-8  # of AdamW, beside the root of the second moment
     clip: Annotated[float, ">= 0"] = 1.0  # limit on the norm of all gradients; 0 = none
     ema: Annotated[float, "0 ..< 1"] = 0.999  # decay of the averaged weights; 0 = no average
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
@@ -61,7 +63,7 @@ class Config:
     # ---- adapter
     lora: str = ""  # adapters to start from, as sample.py takes them: the last one is trained further (any others are
     # folded in), or with --rank all are folded in, below a new one
-    rank: Annotated[int, ">= 0"] = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
+    rank: Annotated[int, "0 .. 65536"] = 0  # of a low-rank adapter on the stage's parts; 0 = train all their weights
     alpha: Annotated[float, ">= 0"] = 0.0  # the adapter's scale is alpha / rank; 0 = as large as the rank
     adapter: Annotated[str, "lora | rslora | dora | rsdora"] = "lora"  # kind of adapter
     # ---- checkpoints
@@ -71,23 +73,25 @@ class Config:
     grid_prompts: str = ""  # file of prompts for the grids; empty: the first ones held out
     test_prompts: str = ""  # file of prompts to draw and evaluate at the end
     # ---- run
-    out: str = "runs"  # where run folders are made
-    resume: str = ""  # "latest" or a run folder
-    seed: int = 2204  # of everything
+    out: Annotated[str, "a folder to write"] = "runs"  # where run folders are made
+    resume: str = ""  # a run folder or "latest": all settings are that run's, and flags beside it are changes
+    resume_anyway: bool = False  # with changes that decide which numbers come next, too; the log and the card say so
+    seed: Annotated[int, "0 ..< 2^63"] = 2204  # of everything
     log_every: Annotated[int, ">= 1"] = 50  # steps between log lines, and between looks for a stop in several processes
     tensorboard: bool = False  # write the curves for TensorBoard too, where it is installed
-    cache: str = "runs/cache"  # where latents and text states are kept
+    cache: Annotated[str, "a folder to write"] = "runs/cache"  # where latents and text states are kept
     dry_run: bool = False  # print parameters, memory, time and disk, then stop
 
 
 def main() -> int:
-    config = flags.parse(Config, presets=systems.recipe, own=systems.options, description=__doc__)
+    config, before = read_flags()
     ranks = Ranks.join()
     if ranks.device.type == "cpu":
         keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
     system = systems.build(config.model, config.weights or None, random=config.dry_run, **settings_of(config))
     system.to(ranks.device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
+    check(config, before, system, ranks)
     if config.dry_run:
         from nanomed.training import plan
 
@@ -101,8 +105,8 @@ def main() -> int:
     told = {text: str(row.file) for row in rows for text in row.prompts + row.paraphrases}
     long, pieces = system.judge_lengths(told, config.long_prompts, config.data)
     system.pieces = max([1, *pieces.values()])  # of all texts alike, for they share batches
-    run = open_run(config, system, ranks)
-    images = f"{len(split[0].rows)} images ({len(split[1].rows)} held out)"
+    run = open_run(config, before, system, split, ranks)
+    images = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
     run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}")
     run.say("\n".join(long))
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
@@ -114,10 +118,7 @@ def main() -> int:
     for stage in [config.stage] if config.stage else system.stages:
         if stage in run.state["stages"]:
             continue
-        before = [other for other in system.stages if other not in run.state["stages"]][0]
-        if before != stage and system.in_order:
-            raise UsageError(f"--stage {stage} builds on stage {before}: say --resume with a run that has trained it")
-        if not train_stage(_for_stage(config, stage), system, stage, run, split, stop):
+        if not train_stage(_for_stage(config, stage, ranks), system, stage, run, split, stop):
             run.update(status="preempted")
             run.say(f"{stop.received}: state saved; go on with --resume {run.folder}")
             return PREEMPTED
@@ -127,6 +128,52 @@ def main() -> int:
     run.finish(results)
     run.say(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
     return 0
+
+
+def read_flags() -> tuple[Config, dict]:
+    """The command line, and with --resume what the config.json of that run says, upon which it is read."""
+    own = dict(presets=systems.recipe, own=systems.options, description=__doc__)
+    if not (name := flags.said("resume")):
+        return flags.parse(Config, **own), {}
+    model = flags.said("model")
+    folder = runs.find(name, flags.said("out") or Config.out, model)
+    before = runs.settings(folder)
+    if model not in ("", before["model"]):
+        raise UsageError(f"--resume {folder}: model was {before['model']} and is {model} now; that is another run")
+    upon = {name: value for name, value in before.items() if name not in runs.PASSING}
+    config = flags.parse(Config, **own, before=upon)
+    if "given" not in before:  # a run of 0.1: what is not as the preset has it
+        usual = asdict(flags.parse(Config, ["--model", before["model"]], **own))
+        before["given"] = [name for name, value in usual.items() if upon.get(name, value) != value]
+    config.changed = {name for name in config.given if getattr(config, name) != before.get(name)}
+    config.given, config.resume = (*dict.fromkeys([*before["given"], *config.given]),), str(folder)
+    config.began = before.get("world", 1)
+    runs.compared(folder, before, asdict(config), config.resume_anyway)
+    return config, before
+
+
+def check(config: Config, before: dict, system, ranks: Ranks) -> None:
+    """Refuse what cannot be trained, before a folder is made."""
+    from nanomed.training.placement import places_of
+
+    if config.stage and config.stage not in system.stages:
+        raise UsageError(f"--stage {config.stage}: choose {', '.join(system.stages)}")
+    if config.base and not before and not config.stage:
+        raise UsageError(f"--base {config.base}: say with --stage which one to train on top of it")
+    for stage in [config.stage] if config.stage else system.stages:
+        own = _for_stage(config, stage, ranks)
+        places_of(own.frozen, system, stage)
+        for part in system.stages[stage] if own.rank else ():
+            if part not in system.adapters:
+                raise UsageError(f"--rank {own.rank}: the {part} of stage {stage} has no layers named for adapters")
+        if not own.rank:
+            system.trainable(stage)
+    done = runs.stages_of(config.resume or config.base) if config.resume or config.base else []
+    missing = [stage for stage in system.stages if stage not in done]
+    if config.stage in missing and system.in_order and config.stage != missing[0]:
+        raise UsageError(f"--stage {config.stage} builds on stage {missing[0]}: say --resume with a run that has it")
+    for file in filter(None, (config.grid_prompts, config.test_prompts)):
+        read_prompts(file)
 
 
 def settings_of(config: Config) -> dict:
@@ -146,6 +193,7 @@ def starts(config: Config) -> bool:
 def read_data(config: Config, system):
     """(training, held out): two tables of rows. The toy world is drawn where it is asked for and not there yet."""
     from nanomed import data
+    from nanomed.data.prompts import read_prompts
 
     table = data.load(config.data, Path(config.cache), system.size)
     if system.pad:
@@ -154,39 +202,77 @@ def read_data(config: Config, system):
         table = data.with_captions(table, config.captions)
     if config.paraphrases:
         table = data.with_paraphrases(table, config.paraphrases, config.strategy)
+    table = system.adopt(table)
+    for path in filter(None, (config.grid_prompts, config.test_prompts)):  # said now rather than after hours
+        system.check_prompts(read_prompts(path, system.columns))
     return table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
 
 
-def open_run(config: Config, system, ranks: Ranks) -> Run:
+def open_run(config: Config, before: dict, system, split, ranks: Ranks) -> Run:
     """The run folder: a fresh one, one to go on with, or a fresh one upon the parts of another."""
     from nanomed.adapters import onto
-    from nanomed.run import runs
 
-    settings = asdict(config) | {"world": ranks.world}
-    if config.resume:
-        found = runs.newest(config.out, config.model) if config.resume == "latest" else config.resume
-        if found is None:
-            raise UsageError(f"--resume latest: no run of {config.model} in {config.out}")
-        return Run.resume(found, settings, ranks)
-    if config.base and config.stage not in system.stages:
-        raise UsageError(f"--base {config.base}: say with --stage which one to train on top of it")
-    trained = [part for stage in ([config.stage] if config.stage else system.stages) for part in system.stages[stage]]
-    modules = dict(system.named_children())
-    kept = onto.keep(config.lora, modules, trained if starts(config) else ()) if config.lora else []
-    run = Run.create(config.out, settings, ranks)
-    if config.base:
-        run.begin_with(config.base, config.stage, [system.adapter_folder(p) for p in system.stages[config.stage]])
-    if ranks.first:
-        onto.write(kept, run.folder)
-    ranks.barrier()
+    contents = ranks.agree([table.digest for table in split] if ranks.first else [])
+    given = [name for name in config.given if name not in runs.PASSING]
+    settings = asdict(config) | {"world": ranks.world, "given": given, "contents": contents}
+    if not before:
+        started = [config.stage] if config.stage else system.stages
+        trained = [part for stage in started for part in system.stages[stage]]
+        modules = dict(system.named_children())
+        kept = onto.keep(config.lora, modules, trained if starts(config) else ()) if config.lora else []
+        run = Run.create(config.out, settings, ranks)
+        if config.base:
+            run.begin_with(config.base, config.stage, [system.adapter_folder(p) for p in system.stages[config.stage]])
+        if ranks.first:
+            onto.write(kept, run.folder)
+        ranks.barrier()
+        return run
+    stage, note = longer(config, before, system, Run(config.resume, ranks))
+    run = Run.resume(config.resume, settings, ranks, config.resume_anyway)
+    if ranks.world != config.began:
+        run.say(f"{ranks.world} processes in place of {config.began}: a step has the same samples, in the same order")
+    if stage in run.state["stages"]:
+        run.reopen(stage)
+    elif not {*system.stages} - {*run.state["stages"]}:
+        run.say(f"{run.folder}: every stage is finished; --steps N trains on, with more steps than before")
+    if note:
+        run.log(stage=stage, step=run.position()[1], note=note)
+        run.say(f"stage {stage}: {note}")
     return run
 
 
-def _for_stage(config: Config, stage: str) -> Config:
+def longer(config: Config, before: dict, system, run: Run) -> tuple[str, str]:
+    """(stage, what becomes of its learning rate) where a run gets another number of steps: the stage that it is in. One
+    that is done takes its last stage up again, or the one of --stage. Else ("", "")."""
+    if not {"steps", "epochs"} & config.changed:
+        return "", ""
+    done, order = run.state["stages"], [*system.stages]
+    stage = config.stage or next((other for other in order if other not in done), order[-1])
+    old = replace(config, steps=before["steps"], epochs=before["epochs"])
+    old.given = tuple(before["given"])
+    old, new = _for_stage(old, stage), _for_stage(config, stage)
+    made = run.made(stage)
+    if stage in done:
+        above = [other for other in done if order.index(other) > order.index(stage)]
+        if above and system.in_order:
+            raise UsageError(f"--stage {stage}: stage {above[0]} stands on it as it is; train both anew")
+        if not made:
+            raise UsageError(f"--resume {run.folder}: no checkpoint of stage {stage} is left to go on from")
+    if made and not new.epochs and new.steps <= made:
+        raise UsageError(f"--steps {new.steps}: stage {stage} has made {made} already")
+    if not made or new.schedule == "constant":
+        return stage, ""
+    was, now = (f"{each.epochs:g} epochs" if each.epochs else f"{each.steps:,} steps" for each in (old, new))
+    return stage, f"the {new.schedule} of the learning rate is stretched whole, from {was} to {now}"
+
+
+def _for_stage(config: Config, stage: str, ranks: Ranks | None = None) -> Config:
     """The settings of one stage: the command line, else the stage's recipe, else what all stages have in common."""
     recipe = {k: v for k, v in systems.recipe(config.model, stage).items() if k not in config.given}
     staged = replace(config, **recipe)
     staged.given = config.given
+    if ranks and config.resume:
+        staged.batch, staged.accumulate = ranks.divided(staged.batch, staged.accumulate, config.began)
     return staged
 
 
@@ -199,7 +285,7 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
     from nanomed.training.optimizer import Descent
     from nanomed.training.placement import Placement
 
-    (train, valid), ranks = split, run.ranks
+    train, ranks = split[0], run.ranks
     system.start_from(stage, run.folder / "start")
     if config.rank and system.bare(stage):
         torch.manual_seed(seed_of(config.seed, "adapter", stage))  # the same start on every process
@@ -207,12 +293,12 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
     placement = Placement(system, stage, config.frozen, ranks, bool(config.stage) or stage == [*system.stages][-1])
     params = system.trainable(stage)
     run.say(system.load_optional(stage, config.weights or None))
-    descent = Descent(params, config.weight_decay, config.ema, config.precision == "fp16")
+    descent = Descent(params, config.weight_decay, config.ema, config.precision == "fp16", config.eps)
     batches = caches.batches(config, system, stage, train, ranks)
     placement.settle()
     together = config.batch * config.accumulate * ranks.world  # samples of one step
     last = math.ceil(config.epochs * len(batches.items) / together) if config.epochs else config.steps
-    judge = Judge(config, system, stage, run, valid, placement)
+    judge = Judge(config, system, stage, run, split, placement)
 
     step, state = 0, run.restore(stage, descent)
     if state is not None:
@@ -266,7 +352,7 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
     with torch.no_grad():
         measured = system.finish(stage, caches.images_of(train, system.size, ranks.device))
     run.log(stage=stage, step=step, best=judge.best, **measured)
-    run.say(f"stage {stage}: keeping step {judge.best['step']}, the lowest {judge.measure} ({judge.best['score']:.4f})")
+    run.say(f"stage {stage}: {judge.verdict}")
     if ranks.first:
         system.save(run.folder / "model", [*system.stages[stage]])
     ranks.barrier()
@@ -285,19 +371,22 @@ def learning_rate(config: Config, step: int, last: int) -> float:
 def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     """Draw the prompts of `config.test_prompts` as sample.py does, from what was saved, and measure them as evaluate.py
     does."""
-    from nanomed.data.prompts import read_prompts
     from nanomed.drawing import Drawing, draw
     from nanomed.evaluation import final, measuring
 
     system = systems.load(run.folder, config.weights or None, device=run.ranks.device)
     system.to(memory_format=torch.channels_last)
     out = run.folder / "test"
+    prompts = read_prompts(config.test_prompts, system.columns)
     how = Drawing(str(out), seed=config.seed, long_prompts=config.long_prompts)
-    draw(system, read_prompts(config.test_prompts), how, run.ranks, progress=True)
+    draw(system, prompts, how, run.ranks, progress=True)
     if not run.ranks.first:
         return {}
     settings = measuring.Settings(weights=config.weights, cache=config.cache)
     toy_world = config.data.startswith("toy")
+    if not split[1].rows and not toy_world:
+        run.say(f"{out} is not measured: no real images were held out to compare with")
+        return {}
     results, said = final.measure(out, [row.file for row in split[1].rows], toy_world, settings)
     print(said)
     return results

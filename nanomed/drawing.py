@@ -32,16 +32,18 @@ OWN = ("seed", "negative", "steps", "guidance", "size")  # what a row may decide
 class Drawing:
     """How prompts are drawn: flags of sample.py, too."""
 
-    out: str = "samples"  # folder for the images and manifest.jsonl
+    out: Annotated[str, "a folder to write"] = "samples"  # folder for the images and manifest.jsonl
     steps: Annotated[int | None, ">= 1"] = None  # solver steps; empty: the model's own
-    guidance: float | None = None  # guidance scale, 1 = none; empty: the model's own
+    sampler: Annotated[str, " | ddim | ddpm | dpmpp_2m | euler | pndm"] = ""  # in place of the model's own
+    guidance: Annotated[float | None, "0 .. 1000"] = None  # guidance scale, 1 = none; empty: the model's own
     long_prompts: Annotated[str, "cut | refuse | chunk"] = "cut"  # where a text has more tokens than are read of one;
-    # chunk: read in pieces of 75, whose states are joined (systems that read CLIP alone)
+    # chunk: read in pieces, whose states are joined (systems that read CLIP alone)
     negative: str = ""  # what to guide away from, in place of the empty prompt
-    batch: Annotated[int, ">= 1"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
-    per_prompt: Annotated[int, ">= 1"] = 1  # images for each prompt
-    seed: int = 0  # of all the images together
-    size: Annotated[int | None, ">= 1"] = None  # side in pixels; empty: the model's own
+    batch: Annotated[int, "1 .. 65536"] = 16  # images at a time; other batch sizes change pixels by 1/255 at most
+    per_prompt: Annotated[int, "1 .. 65536"] = 1  # images for each prompt
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the images together
+    size: Annotated[int | None, "1 .. 16384"] = None  # side in pixels; empty: the model's own
+    tile: Annotated[int | None, "32 .. 16384"] = None  # decode larger images one by one, in tiles of such a side
     minmax: bool = False  # stretch every image to its own range, as MSDM's released code does
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "fp32"  # of forward passes
     zip: bool = False  # also write OUT.zip
@@ -54,12 +56,20 @@ def draw(
 
     prompts   texts, or rows of a prompts file (`read_rows`), whose entries decide in the place of `how`
 
-    Raises UsageError where OUT holds images of another drawing.
+    Raises UsageError where OUT holds images of another drawing, and for a size, a number of steps or a sampler that the
+    system cannot take, and DataError for prompts that it cannot read; a drawing that fails before its first image
+    leaves no trace in OUT.
     """
+    if how.sampler and system.own_sampler:
+        raise UsageError(f"--sampler {how.sampler}: {system.name} draws with a sampler of its own")
     system.eval()
+    system.tile = how.tile
     if how.minmax:
         system.minmax = True
     pictures, names = ordered(prompts, how)
+    for steps, size in dict.fromkeys((picture.steps, picture.size) for picture in pictures):
+        system.check(steps, size)
+    system.check_prompts([text for picture in pictures for text in (picture.prompt, picture.negative)])
     told: dict[str, str] = {}
     for row, prompt in enumerate(prompts):
         told.setdefault(prompt if isinstance(prompt, str) else prompt["prompt"], f"row {row}")
@@ -70,17 +80,20 @@ def draw(
         print("\n".join(said), end="\n" if said else "")
     pictures = [replace(p, pieces=max(pieces.get(p.prompt, 1), pieces.get(p.negative, 1))) for p in pictures]
     out, settings = Path(how.out), _settings(system, pictures, names, how)
+    archive = Path(f"{out.resolve()}.zip")
     if how.zip and ranks.first:
-        files.expect_own(out.with_suffix(".zip"))
+        files.expect_own(archive)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     _claim(out, settings, ranks)
-    todo = [rows for rows in batches(pictures, how.batch) if not all(whole(out / names[row]) for row in rows)]
-    with remembering(system):
-        for rows in tqdm(ranks.share(todo), unit="batch", disable=not progress or not ranks.first):
-            drawn = images(system, [pictures[row] for row in rows], how.batch, how.precision)
-            for row, image in zip(rows, drawn):
-                if not whole(out / names[row]):
-                    files.write_png(out / names[row], image)
-    ranks.barrier()
+    try:
+        _draw(system, pictures, names, how, ranks, progress)
+    except BaseException:
+        if ranks.first and not any(out.glob("*.png")):
+            (out / "settings.json").unlink(missing_ok=True)
+            for folder in new:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
     if ranks.first:
         lines = []
         for row, (name, picture) in enumerate(zip(names, pictures)):
@@ -89,8 +102,22 @@ def draw(
             lines.append(line | settings["drawing"] | own)
         files.write_text(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         if how.zip:
-            write_zip(out.with_suffix(".zip"), [out / name for name in names])
-            files.mark_own(out.with_suffix(".zip"))
+            write_zip(archive, [out / name for name in names])
+            files.mark_own(archive)
+
+
+def _draw(system, pictures: list[Picture], names: list[str], how: Drawing, ranks: Ranks, progress: bool) -> None:
+    """The images that are not there yet; every rank its share of the batches."""
+    out = Path(how.out)
+    todo = [rows for rows in batches(pictures, how.batch) if not all(whole(out / names[row]) for row in rows)]
+    options = {"sampler": how.sampler} if how.sampler else {}
+    with remembering(system):
+        for rows in tqdm(ranks.share(todo), unit="batch", disable=not progress or not ranks.first):
+            drawn = images(system, [pictures[row] for row in rows], how.batch, how.precision, **options)
+            for row, image in zip(rows, drawn):
+                if not whole(out / names[row]):
+                    files.write_png(out / names[row], image)
+    ranks.barrier()
 
 
 def ordered(prompts: Sequence[str | dict], how: Drawing) -> tuple[list[Picture], list[str]]:
@@ -147,7 +174,8 @@ def _settings(system, pictures: list[Picture], names: list[str], how: Drawing) -
         "minmax": how.minmax,
         "precision": how.precision,
         "model": weights.fingerprint(system),
-    } | ({"lora": system.loras} if system.loras else {})
+    } | {name: value for name, value in (("sampler", how.sampler), ("tile", how.tile)) if value}
+    drawing |= {"lora": system.loras} if system.loras else {}
     if any(picture.pieces > 1 for picture in pictures):
         drawing["long_prompts"] = how.long_prompts
     texts = "\n".join(picture.prompt for picture in pictures)
@@ -158,31 +186,32 @@ def _settings(system, pictures: list[Picture], names: list[str], how: Drawing) -
     return {"drawing": drawing, "batch": how.batch, "rows": len(pictures), "prompts": digest}
 
 
-def _read(mark: Path) -> dict:
-    """The settings.json of a drawing."""
-    try:
-        before = json.loads(mark.read_text(encoding="utf-8"))
-        return before | {"drawing": dict(before["drawing"])}
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{mark} is not of sample.py; choose another --out") from None
-
-
 def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
     """Make OUT this drawing's, or check that it is."""
     mark = out / "settings.json"
     if ranks.first:
-        if mark.is_file():
+        drawn = any(out.glob("*.png"))
+        if mark.is_file() and drawn:
             before = _read(mark)
             if before != settings:
-                keys = dict.fromkeys([*settings["drawing"], *before["drawing"]])
-                different = [key for key in keys if before["drawing"].get(key) != settings["drawing"].get(key)]
+                now, then = settings["drawing"], before["drawing"]
+                different = [key for key in {**now, **then} if then.get(key) != now.get(key)]
                 different += [key for key in ("batch", "rows", "prompts") if before.get(key) != settings[key]]
                 raise UsageError(
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "
                     f"choose another --out or remove it"
                 )
-        elif out.is_dir() and (any(out.glob("*.png")) or (out / "manifest.jsonl").exists()):
+        elif drawn:
             raise UsageError(f"{out} holds images that sample.py did not draw; choose another --out")
         files.write_json(mark, settings)
         files.sweep(out)
     ranks.barrier()
+
+
+def _read(mark: Path) -> dict:
+    """The settings in a mark; of one that is none, nothing is known."""
+    try:
+        before = json.loads(mark.read_text(encoding="utf-8"))
+        return before if isinstance(before["drawing"], dict) else {"drawing": {}}
+    except (ValueError, KeyError, TypeError):
+        return {"drawing": {}}

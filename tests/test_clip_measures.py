@@ -10,12 +10,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nanomed import weights
-from nanomed.evaluation import extractors
+from nanomed.evaluation import extractors, imagesets, measuring
 from nanomed.metrics import entries, scores
 from nanomed.metrics.networks import biomedclip
 from nanomed.metrics.networks.vit import VitConfig
+from nanomed.text.bert import BertConfig
 from nanomed.text.clip_vision import MEAN, STD, preprocess
 from nanomed.text.tokenizers import train_bpe
+from nanomed.text.wordpiece import train_wordpiece
 
 SMALL = VitConfig(32, 2, 4, 64, layer_norm_eps=1e-6, image_size=32, patch_size=8)
 
@@ -152,3 +154,73 @@ def test_clip_score_of_opposites_is_0_and_of_equals_two_and_a_half():
 
 def test_the_numbers_of_clips_preprocessing_are_openais():
     assert MEAN == (0.48145466, 0.4578275, 0.40821073) and STD == (0.26862954, 0.26130258, 0.27577711)
+
+
+# -------------------------------------------------------------------------------------------------- BiomedCLIP's text
+
+
+@pytest.fixture
+def biomed(tmp_path):
+    """A whole BiomedCLIP of random weights by OpenCLIP's names, with its tokenizer's vocabulary."""
+    place = tmp_path / biomedclip.REPOSITORY
+    place.mkdir(parents=True)
+    tensors = open_clip_file(place, "safetensors")
+    tokenizer = train_wordpiece(["a polyp in the caecum", "biopsy forceps"], 120)
+    tokenizer.save(place)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=300,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    reference = transformers.BertModel(config, add_pooling_layer=False).eval()
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    first, second = torch.nn.Linear(24, 18, bias=False), torch.nn.Linear(18, 12, bias=False)
+    head = torch.nn.Sequential(first, torch.nn.GELU(), second)
+    del tensors["text.proj.0.weight"]
+    tensors |= {f"text.transformer.{name}": t for name, t in reference.state_dict().items()}
+    tensors |= {"text.transformer.embeddings.position_ids": torch.arange(300)[None]}  # which older files hold
+    tensors |= {f"text.proj.{name}": t for name, t in head.state_dict().items()}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, place / "open_clip_model.safetensors")
+    return tmp_path, tokenizer, reference, head, BertConfig(len(tokenizer), 24, 2, 4, 40, 300)
+
+
+def test_biomedclip_reads_prompts_as_transformers_bert_with_openclips_head(biomed):
+    """The state of [CLS] of prompts padded to 256 tokens, a long one cut there, through Linear, GELU, Linear."""
+    root, tokenizer, reference, head, config = biomed
+    prompts = ["A polyp in the caecum.", "biopsy forceps", "a polyp " * 200]
+    found = extractors.biomedclip_prompts(prompts, str(root), 2, "cpu", config)
+    ids, mask = tokenizer(prompts, 256)
+    assert mask.sum(1).tolist()[2] == 256 and not mask[:2].all(1).any()
+    with torch.no_grad():
+        close(found, head(reference(ids, mask.long()).last_hidden_state[:, 0]), 1e-5)
+
+
+def test_the_published_text_shape_is_pubmedberts():
+    tower = weights.build(extractors.Bert, extractors.BIOMED_TEXT)
+    assert sum(p.numel() for p in tower.parameters()) == 109_482_240 - 768 * 769  # bert-base-uncased without its pooler
+
+
+def test_biomedclip_score_is_asked_for_by_name(biomed, monkeypatch):
+    """From images and prompts to the entry: 2.5 max(cos, 0) as CLIPScore, of the two towers of one file."""
+    root, tokenizer, reference, head, config = biomed
+    load, read = biomedclip.load, extractors.biomedclip_prompts
+    monkeypatch.setattr(biomedclip, "load", lambda folder: load(folder, SMALL))
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in range(3)]
+    prompts = ["a polyp", "biopsy forceps", "a polyp"]
+    network = extractors.biomedclip(str(root), 2, "cpu")
+    found = {("x",): network.columns(images)}
+    label = measuring.OF_PROMPTS["biomedclip"][0]
+    monkeypatch.setitem(measuring.OF_PROMPTS, "biomedclip", (label, lambda *words: read(*words, config)))
+    fake = imagesets.ImageSet("fake", tuple(range(3)), tuple((prompt,) for prompt in prompts), hashes=("x",))
+    settings = measuring.Settings(weights=str(root))
+    entry = measuring._clip_score(measuring.Sets({}, fake), "biomedclip", network, found, settings, "cpu")
+    ids, mask = tokenizer(prompts, 256)
+    with torch.no_grad():
+        said = head(reference(ids, mask.long()).last_hidden_state[:, 0])
+    cosine = F.cosine_similarity(found[("x",)]["features"].double(), said.double())
+    assert entry["BiomedCLIP score"]["value"] == pytest.approx((2.5 * cosine.clamp(min=0)).mean().item(), rel=1e-5)
+    (root / biomedclip.REPOSITORY / "vocab.txt").unlink()
+    with pytest.raises(weights.WeightsNotFound, match="neither vocab.txt nor tokenizer.json"):
+        extractors.biomedclip(str(root), 2, "cpu")

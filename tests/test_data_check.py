@@ -12,6 +12,7 @@ from PIL import Image
 from nanomed.data import __main__, grammar, toy
 from nanomed.data.check import check, counter, estimate, examine, recognise
 from nanomed.data.table import DataError
+from nanomed.run import flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +80,13 @@ def test_bare_folders_are_recognised(tmp_path, sick):
         recognise(str(tmp_path / "nowhere"))
 
 
+def command(*words) -> int:
+    """The command's exit code."""
+    with pytest.raises(SystemExit) as ended:
+        flags.main(lambda: __main__.main([str(word) for word in words]))
+    return ended.value.code
+
+
 def test_the_command_has_one_table_and_one_exit_code(tmp_path, sick, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "nanomed.data", "check", str(sick)],
@@ -87,7 +95,7 @@ def test_the_command_has_one_table_and_one_exit_code(tmp_path, sick, capsys):
     assert done.returncode == 3 and "WRONG" in done.stdout and done.stderr == ""
     toy.write(tmp_path / "a", 3, 96)
     for path, code, text in ((tmp_path / "a", 0, "nothing is wrong"), (tmp_path / "x", 3, "no such")):
-        assert __main__.main(["check", str(path)]) == code
+        assert command("check", path) == code
         assert text in "".join(capsys.readouterr())
 
 
@@ -245,8 +253,9 @@ def test_what_the_command_prints(tmp_path, capsys):
     assert "look at" in out and "\x1b" not in out and r"evil\x1b[2J.png" in out
     assert __main__.main(["check", str(tmp_path), "--tokens", "12", "--all"]) == 3
     assert capsys.readouterr().out.count("tokens, 12 fit") > 5
-    assert __main__.main(["check", str(tmp_path), "--vocab", str(tmp_path)]) == 3
+    assert command("check", tmp_path, "--vocab", tmp_path) == 3
     assert "tokenizer.json" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as error:
-        __main__.main(["check", str(tmp_path), "--nonsense"])
-    assert error.value.code == 2
+    assert command("check", tmp_path, "--nonsense") == 2
+    assert command("check", tmp_path / "evil\x1b[2J") == 3
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and r"evil\x1b[2J" in said

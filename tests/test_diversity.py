@@ -81,3 +81,48 @@ def test_what_has_no_answer_is_refused():
         diversity.vendi(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     with pytest.raises(ValueError, match="not finite"):
         diversity.vendi(torch.tensor([[1.0, math.nan]]))
+
+
+# ------------------------------------------------------------------------------------------------------ F-beta curves
+
+
+def bins(shares, n=1000):
+    return torch.cat([torch.full((round(share * n),), i) for i, share in enumerate(shares)])[:, None]
+
+
+def test_the_curve_of_known_shares_is_its_definition():
+    """Sajjadi et al. 2018, eq. 7, by hand for two bins: all real in the first, half of the fakes: precision reaches a
+    half with the full recall, and no more."""
+    real, fake = bins([1.0, 0.0]), bins([0.5, 0.5])
+    points = diversity.curve(real, fake)
+    slopes = torch.linspace(1e-6, math.pi / 2 - 1e-6, 1001, dtype=torch.float64).tan()
+    assert torch.allclose(points[:, 0], slopes.clamp(max=0.5), atol=1e-12)
+    assert torch.allclose(points[:, 1], (0.5 / slopes).clamp(max=1.0), atol=1e-12)
+    for beta in (8, 1 / 8):  # the best point is precision 0.5 with recall 1
+        assert diversity.f_beta(points, beta) == pytest.approx((1 + beta**2) * 0.5 / (beta**2 * 0.5 + 1), abs=2e-3)
+    assert diversity.f_beta(points, 8) > 0.98 > 0.51 > diversity.f_beta(points, 1 / 8)
+
+
+def test_a_missing_half_costs_recall_and_a_foreign_half_costs_precision():
+    half, whole = bins([1.0, 0.0]), bins([0.5, 0.5])
+    lacks, adds = diversity.curve(whole, half), diversity.curve(half, whole)
+    assert diversity.f_beta(lacks, 8) == pytest.approx(diversity.f_beta(adds, 1 / 8), abs=2e-3)
+    assert diversity.f_beta(lacks, 8) < 0.52 and diversity.f_beta(lacks, 1 / 8) > 0.98
+
+
+def test_equal_sets_fill_the_square_and_disjoint_ones_nothing():
+    same = bins([0.25, 0.75])
+    assert diversity.f_beta(diversity.curve(same, same), 8) == pytest.approx(1, abs=2e-3)
+    assert diversity.curve(bins([1.0]), bins([0.0, 1.0])).max() == 0
+
+
+def test_clusters_find_separated_groups_whatever_the_start():
+    draw = torch.Generator().manual_seed(0)
+    centres = 100 * torch.eye(4)
+    real, fake = (centres[torch.arange(80) % n] + torch.randn(80, 4, generator=draw) for n in (4, 2))
+    a, b = diversity.clusters(real, fake, 4, repeats=3)
+    points = diversity.curve(a, b)
+    assert a.shape == b.shape == (80, 3)
+    assert diversity.f_beta(points, 1 / 8) > 0.98 and diversity.f_beta(points, 8) < 0.52
+    again = diversity.clusters(real, fake, 4, repeats=3)
+    assert torch.equal(a, again[0]) and torch.equal(b, again[1])

@@ -20,14 +20,14 @@ from nanomed.data import clef, toy
 from nanomed.data.table import DataError
 from nanomed.evaluation import final, imagesets, measuring, toyworld
 from nanomed.metrics import clef as organisers
-from nanomed.metrics import diversity, entries, features, scores
+from nanomed.metrics import diversity, entries, features, frd, scores
 from nanomed.metrics.features import inception_features
 from nanomed.metrics.networks import inception, vit
 from nanomed.run import files
 from nanomed.run.flags import UsageError
 
 ROOT = Path(__file__).parents[1]
-OWN: set[str] = set()  # metrics that need no file
+OWN = {"frd"}  # metrics that need no file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -382,8 +382,8 @@ def test_a_set_without_one_sound_image_is_refused(run, folders, tmp_path):
     (["--real", "REAL", "--fake", "FAKE", "--metrics", "faithfulness"], DataError, "needs the prompts.*--prompts"),
     (["--real", "REAL", "--fake", "FAKE", "--metrics", "classify"], DataError, "class of every image"),
     (["--real", "REAL", "--fake", "FAKE", "--metrics", "fid,fib"], UsageError, "--metrics fib: choose among"),
-    (["--real", "REAL", "--fake", "FAKE", "--protocol", "new"], UsageError, "--protocol new: choose among"),
-    (["--real", "REAL", "--fake", "FAKE", "--paper", "x"], UsageError, "--paper x: choose mmcp or medart"),
+    (["--real", "REAL", "--fake", "FAKE", "--protocol", "new"], UsageError, "--protocol new: choose tf, pytorch-fid"),
+    (["--real", "REAL", "--fake", "FAKE", "--paper", "x"], UsageError, "--paper x: choose mmcp, medart"),
     (["--paper", "mmcp"], UsageError, "clef:DIR"),
     (["--real", "a=REAL,a=ONE", "--fake", "FAKE"], UsageError, "two sets are called a"),
     (["--real", "REAL", "--fake", "FAKE", "--prompts", "SHORT"], DataError, r"2 prompts for the 20 images"),
@@ -683,6 +683,23 @@ def test_authenticity_and_vendi_are_measured_on_the_same_features(run, folders, 
     assert results["Vendi score"]["floor"]["method"] == "the Vendi score of real images"
 
 
+def test_frd_is_measured_without_a_network_once_for_every_image(run, folders, monkeypatch):
+    """Both versions on the features of the same files; 12 images for 693 features have a singular covariance."""
+    words = ("--real", folders / "other", "--fake", folders / "fake", "--metrics", "frd")
+    seen, features_of = [], frd.features
+    monkeypatch.setattr(frd, "features", lambda image: seen.append(0) or features_of(image))
+    results = run(*words, inception=False)
+    sides = [[features_of(np.asarray(Image.open(path).convert("RGB"))) for path in sorted(where.iterdir())]
+             for where in (folders / "other", folders / "fake")]  # fmt: skip
+    v1, v0 = ([torch.from_numpy(np.stack([one[key] for one in side])) for side in sides] for key in ("v1", "v0"))
+    assert set(results) == {"FRD v1", "FRD v0"}
+    assert results["FRD v1"]["value"] == pytest.approx(frd.distance_v1(*v1), rel=1e-12)
+    assert results["FRD v0"]["value"] == pytest.approx(frd.distance_v0(*v0), rel=1e-12)
+    assert results["FRD v1"]["flag"] == "N = 12 for 693 features: their covariance is singular; compare at equal N only"
+    assert results["FRD v1"]["floor"]["n"] == 6 and len(seen) == 32
+    assert run(*words, inception=False) == results and len(seen) == 32
+
+
 def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys):
     """Every metric has entries or a line at the end, with the one command or flag that it needs."""
     results = run("--real", folders / "real", "--fake", folders / "fake", "--metrics", "all", "--intervals", "false")
@@ -693,7 +710,8 @@ def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys)
     assert "faithfulness: needs the prompts" in lines and "classify: needs the class of every image" in lines
     named = {name.strip() for line in said for name in line.removeprefix("not measured: ").split(": ")[0].split(",")}
     measured = {name for name in measuring.METRICS if name not in named}
-    assert measured == {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "memorisation", "colour", *OWN}
+    assert measured == {"fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi", "memorisation", "colour",
+                        *OWN}  # fmt: skip
 
 
 def test_without_the_inception_file_all_goes_on(run, folders, capsys):
@@ -701,7 +719,7 @@ def test_without_the_inception_file_all_goes_on(run, folders, capsys):
                   inception=False)  # fmt: skip
     assert "colour mean distance" in results and "FID" not in results
     said = capsys.readouterr().out
-    assert "not measured: fid, kid, is, pr, dc, authenticity, vendi: FID needs the Inception network: put" in said
+    assert "not measured: fid, kid, is, pr, dc, fbeta, authenticity, vendi: FID needs the Inception" in said
 
 
 def test_generated_images_as_the_real_ones_are_named(run, folders, tmp_path, capsys):
@@ -734,6 +752,53 @@ def test_statistics_of_pytorch_fid_and_clean_fid_stand_for_real_images(run, fold
     assert both["FID [published]"]["value"] == pytest.approx(both["FID [images]"]["value"], rel=1e-6)
     with pytest.raises(DataError, match="--metrics pr needs real images"):
         run("--real", file, "--fake", folders / "fake", "--metrics", "pr")
+
+
+def test_own_cached_features_stand_for_real_images(run, folders, tmp_path):
+    """The folder of an earlier evaluation gives the FID to the images it is of; of another protocol it is refused."""
+    keep = tmp_path / "cache"
+    direct = run("--real", folders / "other", "--fake", folders / "fake", "--metrics", "fid", keep=keep)
+    (entry,) = [x for x in (keep / "features").iterdir() if len(torch_file(next(x.glob("*/*.safetensors")))) == 12]
+    results = run("--real", f"earlier={entry}", "--fake", folders / "fake", "--metrics", "fid")
+    assert results["FID"]["value"] == pytest.approx(direct["FID"]["value"], rel=1e-6)
+    with pytest.raises(DataError, match="holds features of inception-pool3-tf, and those of the images are of incep"):
+        run("--real", entry, "--fake", folders / "fake", "--metrics", "fid", "--protocol", "clean")
+    next(entry.glob("*/*.sha256")).write_text("no")
+    with pytest.raises(DataError, match="damaged or unfinished"):
+        run("--real", entry, "--fake", folders / "fake", "--metrics", "fid")
+
+
+def torch_file(path: Path):
+    return weights.read(path)["features"]
+
+
+def test_k_is_the_count_of_neighbours_of_precision_and_recall(run, folders, network):
+    words = ("--real", folders / "real", "--fake", folders / "fake", "--metrics", "pr,fbeta")
+    results = run(*words, "--k", 5)
+    with torch.inference_mode():
+        a, b = (inception_features(inception.load(network), arrays(folders / name))[0] for name in ("real", "fake"))
+    precision, recall = scores.precision_recall(a, b, 5)
+    assert results["precision"]["value"] == pytest.approx(precision)
+    assert results["precision"]["protocol"].endswith("k = 5")
+    assert results["recall"]["value"] == pytest.approx(recall)
+    assert 0 < results["F8"]["value"] <= 1 and len(results["F8"]["curve"]) == 21 and "floor" in results["F1/8"]
+    with pytest.raises(DataError, match="needs at least 21 images"):
+        run(*words, "--k", 20)
+    with pytest.raises(UsageError, match="--k 0"):
+        run(*words, "--k", 0)
+
+
+@pytest.mark.parametrize("real, fake, said", [
+    ("runs/generated_2", "polyps", "generated_2 does not sound real"),
+    ("polyps", "clef-real", "clef-real does not sound generated"),
+    ("real", "samples/a", ""),
+    ("clef:data/train", "runs/x/test", ""),
+    ("real_samples", "fake", ""),
+    ("resampled", "unreal", ""),
+])  # fmt: skip
+def test_names_of_folders_that_say_the_contrary_are_named(real, fake, said):
+    found = imagesets.exchanged(real, fake)
+    assert found == (f"{said}: are --real and --fake exchanged?" if said else "")
 
 
 def test_damaged_statistics_are_refused_by_name(run, folders, tmp_path):

@@ -211,7 +211,7 @@ def read_padding(system: Kandinsky2) -> None:
 
 
 PLANTED = {
-    "a null of zeros": (lambda s: setattr(s, "no_image", lambda: torch.zeros(1, WIDTH, dtype=s.dtype)), {}),
+    "a null of zeros": (lambda s: setattr(s.image_encoder, "embed_nothing", lambda: torch.zeros(1, WIDTH)), {}),
     "the norms of MoVQ fed after post_quant_conv": (after_post_quant_conv, {}),
     "padding read by the prior": (read_padding, {}),
     "an embedding that stays standardised": (lambda s: setattr(s.prior, "embedding", lambda x: x), {}),

@@ -26,7 +26,8 @@ from nanomed.run import runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.randomness import ImageNoise
 from nanomed.run.signals import PREEMPTED
-from nanomed.systems import kandinsky2, kandinsky2_tiny
+from nanomed.systems import kandinsky2
+from nanomed.systems.miniatures import kandinsky2 as kandinsky2_tiny
 from nanomed.text.clip_vision import preprocess
 
 TINY = ["--model", "kandinsky2-tiny", "--data", "toy:24", "--batch", "4", "--steps", "2", "--save_every", "2",
@@ -148,7 +149,7 @@ def test_a_dropped_prompt_means_no_image_to_the_decoder(system):
     batch = fields(2)
     torch.manual_seed(0)
     found = system(batch | {"prompt": ["", "a"]}, "decoder", 0)["loss"]
-    embeds = torch.cat([system.no_image(), batch["image_embeds"][1:]])
+    embeds = torch.cat([system.image_encoder.embed_nothing(), batch["image_embeds"][1:]])
     torch.manual_seed(0)
     assert torch.equal(found, system(batch | {"image_embeds": embeds}, "decoder", 0)["loss"])
     assert not torch.equal(found, system(batch, "decoder", 0)["loss"])
@@ -163,7 +164,7 @@ def test_embeddings_are_of_what_clip_would_see(system, size):
     seen = {}
     system.image_encoder.register_forward_hook(lambda module, inputs, output: seen.update(pixels=inputs[0]))
     image = Image.fromarray(toy.render(toy.scene(3), size))
-    system.embed(to_unit(np.asarray(image))[None])
+    system.image_encoder.embed(to_unit(np.asarray(image))[None])
     close(seen["pixels"][0], preprocess(image, 28), 1e-6)
 
 
@@ -307,7 +308,7 @@ def test_latents_and_embeddings_get_unit_deviation_without_a_change_of_images():
     assert measured["latent_std"] == pytest.approx(latents.std().item(), rel=1e-5)
     assert system.movq.encode(images).std().item() == pytest.approx(1, rel=1e-4)
     close(system.reconstruct(images[:4]), before, 1e-4)
-    embeds = system.embed(images)
+    embeds = system.image_encoder.embed(images)
     close(embeds.std(0), torch.ones(64), 1e-3)
     close(embeds.mean(0), torch.zeros(64), 1e-3)
 

@@ -112,7 +112,7 @@ def test_chunk_changes_long_rows_alone_and_is_part_of_what_decides(model, tmp_pa
 def test_systems_that_read_one_piece_say_so(tmp_path):
     system = systems.build("medart-tiny")
     prompt = "an endoscopic image " * 60
-    with pytest.raises(UsageError, match="--long_prompts chunk: medart reads one piece"):
+    with pytest.raises(UsageError, match="--long_prompts chunk: medart-tiny reads one piece"):
         drawing.draw(system, [prompt], drawing.Drawing(str(tmp_path / "a"), long_prompts="chunk"))
     assert not (tmp_path / "a").exists()
 

@@ -8,6 +8,7 @@ Oracles: the published adapters' tensors (manifests), peft on the saved folders,
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ from nanomed.run.randomness import ImageNoise
 from nanomed.run.ranks import ALONE
 from nanomed.run.signals import PREEMPTED
 from nanomed.systems.assembly import Found
-from nanomed.systems.medart import PRESETS, MedArt, tiny_tokenizer
+from nanomed.systems.medart import PRESETS, MedArt
+from nanomed.systems.miniatures.medart import MedArtTiny, tiny_tokenizer
 from nanomed.text.t5 import T5Config, T5Encoder
 from nanomed.training.placement import Placement
 
@@ -270,8 +272,7 @@ def test_what_learns_to_read_here_reads_in_training_what_it_is_asked():
     assert torch.equal(asked["prompt_embeds"], learned["prompt_embeds"])
     words = tiny_tokenizer(512)(["generate an image with 1 polyp."], length=24)[1].sum()
     assert words <= 8  # a piece a word, the full stop and the end; else letters
-    system.shapes = {}  # as if it were published
-    learned = system.states(["Generate an image with 1 polyp. "])
+    learned = MedArt.states(system, ["Generate an image with 1 polyp. "])
     assert not torch.equal(asked["prompt_embeds"], learned["prompt_embeds"])
 
 
@@ -385,7 +386,7 @@ def test_the_tiny_preset_from_nothing_to_adapters_that_peft_loads(run_train, fin
     monkeypatch.undo()
     trained = nanomed.load(run)
     assert not any(lora.adapted(part) for part in trained.children())  # folded: nothing to pay for when drawing
-    base = MedArt.build(**_shapes(model))
+    base = MedArtTiny.build(**_shapes(model))
     base.tokenizer = trained.tokenizer
     for part in ("transformer", "text_encoder"):
         file = next((model / part).glob("*.safetensors"))
@@ -402,6 +403,16 @@ def test_the_tiny_preset_from_nothing_to_adapters_that_peft_loads(run_train, fin
     assert settings["r"] == 8 and settings["lora_alpha"] == 8
     images = trained.sample(["a polyp", "two polyps"], ImageNoise(0, range(2)), steps=2)
     assert images.shape == (2, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
+
+
+def test_a_run_of_version_0_1_is_read_as_the_miniature_that_it_is(run_train, finished, tmp_path):
+    """It wrote "medart" for both; only the miniature has a VAE of its own."""
+    run = runs.newest(finished) or run_train(finished)[1]
+    shutil.copytree(run / "model", tmp_path / "old")
+    said = json.loads((tmp_path / "old" / "system.json").read_text())
+    assert said["system"] == "medart-tiny"
+    (tmp_path / "old" / "system.json").write_text(json.dumps(said | {"system": "medart"}))
+    assert type(nanomed.load(tmp_path / "old")) is MedArtTiny
 
 
 def _shapes(model) -> dict:

@@ -7,6 +7,7 @@ import pytest
 
 from nanomed.captions import paraphrase
 from nanomed.data import grammar
+from nanomed.run import flags
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,10 @@ def test_data_sets_are_read_by_name(tmp_path, capsys, monkeypatch):
 def test_mistakes_are_one_line_and_write_nothing(organisers, tmp_path, monkeypatch, capsys, words, code, message):
     monkeypatch.chdir(tmp_path)
     before = organisers.read_bytes()
-    assert paraphrase.main([word.replace("SOURCE", str(organisers)) for word in words]) == code
+    monkeypatch.setattr("sys.argv", ["paraphrase", *(word.replace("SOURCE", str(organisers)) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        flags.main(paraphrase.main)
+    assert ended.value.code == code
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
     assert organisers.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["prompt-gt.csv"]

@@ -190,11 +190,11 @@ def test_a_frozen_part_lives_where_it_is_asked_to_as_far_as_it_can(asked, adapte
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--batch 0", "--batch 0: out of range, which is >= 1"),
-        ("--steps 0", "--steps 0: out of range, which is >= 1"),
+        ("--batch 0", "--batch 0: out of range, which is 1 .. 65536"),
+        ("--steps 0", "--steps 0: out of range, which is 1 .. 10^9"),
         ("--lr -1", "--lr -1: out of range, which is > 0"),
-        ("--lr nan", "--lr nan: not a number"),
-        ("--clip inf", "--clip inf: not a number"),
+        ("--lr nan", "--lr nan: not a number in the range > 0"),
+        ("--clip inf", "--clip inf: not a number in the range >= 0"),
         ("--valid 1", "--valid 1: out of range, which is 0 ..< 1"),
         ("--ema 1", "--ema 1: out of range, which is 0 ..< 1"),
         ("--dropout 1.5", "--dropout 1.5: out of range, which is 0 .. 1"),
@@ -202,7 +202,7 @@ def test_a_frozen_part_lives_where_it_is_asked_to_as_far_as_it_can(asked, adapte
         ("--model nosuch", "--model nosuch: choose one of msdm, "),
         ("--keep 0", "--keep 0: out of range, which is >= 1"),
         ("--warmup -1", "--warmup -1: out of range, which is >= 0"),
-        ("--views 1.5", "--views 1.5: not a whole number"),
+        ("--views 1.5", "--views 1.5: not a whole number in the range 0 .. 10000"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_before_anything_is_made(words, said, tmp_path, monkeypatch):

@@ -187,6 +187,101 @@ def test_what_a_run_leaves_behind(run_train, tmp_path):
     assert images.shape == (1, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
 
 
+# ---------------------------------------------------------------------------------------------- going on, otherwise
+
+
+def resumed(monkeypatch, *words: str) -> int:
+    """train.py with these words alone."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.setattr(signals, "StopSignal", StopAfter(10**9))
+    return train.main()
+
+
+def test_the_runs_name_is_enough_and_a_finished_run_goes_on(run_train, tmp_path, straight, monkeypatch, capsys):
+    """Stopped, and gone on with by --resume alone: the weights of a straight run, bit for bit. Then two more steps, of
+    the last stage, on a cosine that is stretched; every change stands in the log, the settings and the card."""
+    if not straight:
+        straight.update(trained(run_train(tmp_path / "straight")[1]))
+    _, run = run_train(tmp_path / "stopped", stop_after=9)
+    assert resumed(monkeypatch, "--resume", str(run)) == 0
+    same(trained(run), straight)
+    for words, told in ((["--batch", "8", "--views", "2"], "batch was 4 and is 8 now, views was 8 and is 2 now"),
+                        (["--steps", "5"], "--steps 5: stage unet has made 6 already"),
+                        (["--stage", "vae", "--steps", "8"], "stage unet stands on it"),
+                        (["--data", "toy:25"], "data was toy:24 and is toy:25 now"),
+                        (["--model", "medart-tiny"], "model was msdm-tiny and is medart-tiny now")):  # fmt: skip
+        before = (run / "config.json").read_text(), (run / "state.json").read_text()
+        with pytest.raises(UsageError, match=told):
+            resumed(monkeypatch, "--resume", str(run), *words)
+        assert before == ((run / "config.json").read_text(), (run / "state.json").read_text())
+    capsys.readouterr()
+    assert resumed(monkeypatch, "--resume", "latest", "--out", str(run.parent), "--steps", "8") == 0
+    assert "the cosine of the learning rate is stretched whole, from 6 steps to 8 steps" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["stage"] == "unet" and "grad_norm" in line]
+    assert steps[-3:] == [6, 7, 8] and {"stage": "unet", "step": 6, "changed": {"steps": [6, 8]}} in lines
+    assert json.loads((run / "config.json").read_text())["steps"] == 8
+    assert resumed(monkeypatch, "--resume", str(run), "--steps", "9", "--batch", "8", "--resume_anyway") == 0
+    card = (run / "README.md").read_text()
+    assert "From unet step 6 on: steps was 6 and is 8 now." in card and "**gone on anyway**" in card
+
+
+def test_a_data_set_that_has_moved_is_known_by_its_contents(run_train, tmp_path, monkeypatch):
+    from nanomed.data import toy
+
+    toy.write(tmp_path / "a", 6, 64)
+    _, run = run_train(tmp_path / "runs", "--data", f"clef:{tmp_path / 'a'}", "--steps", "2", stop_after=1)
+    os.rename(tmp_path / "a", tmp_path / "b")
+    moved = ["--resume", str(run), "--data", f"clef:{tmp_path / 'b'}"]
+    image, other = sorted((tmp_path / "b" / "images").iterdir())[:2]
+    kept = image.read_bytes()
+    image.write_bytes(other.read_bytes())
+    with pytest.raises(UsageError, match="data was clef:.*a and is clef:.*b now"):
+        resumed(monkeypatch, *moved)
+    image.write_bytes(kept)
+    assert resumed(monkeypatch, *moved) == 0
+
+
+@pytest.mark.parametrize("images, valid", [(3, "0"), (1, "0.1")])
+def test_nothing_needs_to_be_held_out(run_train, tmp_path, capsys, images, valid):
+    """Everything trains, the last checkpoint is kept, and grids show training prompts; one image is enough."""
+    from nanomed.data import toy
+
+    toy.write(tmp_path / "a", images, 64)
+    code, run = run_train(tmp_path / "runs", "--data", f"clef:{tmp_path / 'a'}", "--valid", valid)
+    said = capsys.readouterr().out
+    assert code == 0 and f"{images} images (nothing held out)" in said
+    assert "nothing is held out, so nothing is measured; the last checkpoint is kept" in said
+    assert "keeping step 6, the last" in said and (run / "samples" / "unet-step-000006.png").is_file()
+    assert not [line for line in (run / "log.jsonl").read_text().splitlines() if "valid_loss" in line]
+
+
+def test_other_processes_share_the_same_samples_of_a_step():
+    """Batches of 4 in 3 passes on 2 processes: 24 samples a step, whose order is the same on any number that divides
+    them; passes stay whole where they can."""
+    from nanomed.data.table import Row
+    from nanomed.run.ranks import Ranks
+    from nanomed.training.batches import Batches, Samples
+
+    rows = [Row(Path(f"{i}.png"), (str(i),)) for i in range(50)]
+
+    def samples(world: int, batch: int, accumulate: int, step: int) -> list[int]:
+        found = {}
+        for rank in range(world):
+            batches = Batches(rows, Samples(8, 0, dropout=0.3), batch, Ranks(rank, world))
+            batches._pool.submit = lambda sample, position: position
+            for micro in range(accumulate):
+                found |= {at: batches._order(at // 50)[at % 50] for at in batches._start(step * accumulate + micro)}
+            batches.close()
+        return [found[i] for i in sorted(found)]
+
+    for world, expected in ((1, (4, 6)), (2, (4, 3)), (3, (4, 2)), (6, (4, 1)), (4, (3, 2)), (24, (1, 1))):
+        assert Ranks(0, world).divided(4, 3, before=2) == expected
+        assert samples(world, *expected, 3) == samples(2, 4, 3, 3)
+    with pytest.raises(UsageError, match="5 processes cannot share the 24 samples of a step: start 1, 2, 3, 4, 6"):
+        Ranks(0, 5).divided(4, 3, before=2)
+
+
 # ------------------------------------------------------------------------------------------------ whole processes
 
 
@@ -402,7 +497,7 @@ def test_flags_follow_the_names_people_type():
     config = flags.parse(train.Config, argv)
     assert (config.lr, config.batch, config.steps, config.compile) == (0.5, 7, 3, True)
     assert set(config.given) == {"model", "lr", "batch", "steps", "compile"}
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="unrecognized arguments: --no_such_flag"):
         flags.parse(train.Config, ["--no_such_flag", "1"])
     with pytest.raises(UsageError, match="--steps many"):
         flags.parse(train.Config, ["--steps", "many"])

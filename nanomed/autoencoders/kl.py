@@ -9,7 +9,7 @@ Parameter names are diffusers'. Files of 2022 spell the attention layers in anot
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,23 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to images, nominally in [-1, 1] and not clamped."""
         return self.decoder(self.post_quant_conv(latents / self.scale))
+
+    def loss(self, images: Tensor) -> dict[str, Tensor]:
+        """MSE and L1 of reconstructions, and 1e-6 of the KL divergence of latents (Rombach et al. 2022): to train from
+        nothing."""
+        mean, logvar = self.moments(images).chunk(2, dim=1)
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        out = self.decode(z * self.scale)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+        l1 = F.l1_loss(out, images)
+        return {"loss": F.mse_loss(out, images) + l1 + 1e-6 * kl, "l1": l1.detach(), "kl": kl.detach()}
+
+    def standardise(self, image_batches: Iterable[Tensor]) -> float:
+        """Scale latents to unit deviation from now on; returns what it was, over the given images."""
+        means = torch.cat([self.moments(images).chunk(2, dim=1)[0] for images in image_batches])
+        deviation = means.double().std().item()
+        self.scale = 1 / deviation
+        return deviation
 
 
 # ----------------------------------------------------------------------------------------------------------- the files

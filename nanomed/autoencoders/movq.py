@@ -159,6 +159,15 @@ class MoVQ(nn.Module):
         return self.decoder(self.post_quant_conv(latents), latents)
 
 
+    def divide_latents(self, deviation: Tensor) -> None:
+        """Divide the latents by a number, by the weights themselves. That changes no reconstruction."""
+        for tensor in (self.quant_conv.weight, self.quant_conv.bias):
+            tensor.div_(deviation)
+        readers = [m for m in self.modules() if isinstance(m, SpatialNorm)]
+        for convolution in [self.post_quant_conv, *(c for norm in readers for c in (norm.conv_y, norm.conv_b))]:
+            convolution.weight.mul_(deviation)
+
+
 KNOWN = dict(norm_type="spatial", act_fn="silu", lookup_from_codebook=False)
 
 

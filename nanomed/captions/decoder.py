@@ -55,7 +55,12 @@ class DecoderConfig:
         if family not in FAMILIES:
             raise WeightsError(f"{what}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
         gemma = family == "gemma2"
-        unsaid: dict = dict(rope_theta=10000.0, rms_norm_eps=1e-6, num_key_value_heads=said.get("num_attention_heads"))
+        unsaid: dict = dict(rope_theta=10000.0, rms_norm_eps=1e-6)
+        unsaid["num_key_value_heads"] = said.get("num_attention_heads", 32)
+        if family in ("llama", "mistral"):
+            unsaid |= dict(vocab_size=32000, intermediate_size=11008)
+        if family == "mistral":
+            unsaid |= dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)
         if gemma:
             unsaid |= dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256,
                            attn_logit_softcapping=50.0, final_logit_softcapping=30.0)  # fmt: skip
@@ -153,15 +158,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        """x (B, L, D); seen bool (B, 1, L, K), True where a row may look."""
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """x (B, L, D); seen bool (B, 1, L, K), True where a row may look; None: at itself and all before it."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for p in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
         q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        if self.cap is None:
-            x = F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale, enable_gqa=self.groups > 1)
+        if self.cap is None and q.shape[2] == 1:  # the heads of a group ask side by side, and nothing is repeated
+            q = q.unflatten(1, (-1, self.groups)).squeeze(3)  # (B, key heads, groups, d)
+            x = F.scaled_dot_product_attention(q, k, v, seen, scale=self.scale).flatten(1, 2)[:, :, None]
+        elif self.cap is None:
+            x = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=self.scale,
+                                               enable_gqa=self.groups > 1)  # fmt: skip
         else:  # cap tanh(score / cap), which no fused attention has
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))
             scores = self.cap * torch.tanh(q @ k.mT * self.scale / self.cap)
@@ -198,7 +209,9 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, True)
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, True)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor, cache: Cache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
         added = self.self_attn(self.input_layernorm(x), turn, seen, cache, layer)
         if self.gemma:
             x = x + self.post_attention_layernorm(added)
@@ -233,7 +246,7 @@ class Decoder(nn.Module):
         self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None, last: bool = False
     ) -> Tensor:
         """ids int64 (B, L), or embeddings (B, L, D) in their place; mask bool (B, K), True where there is text, over
-        the cached tokens and these; places count text only, so padding on the left changes nothing.
+        the cached tokens and these; places count text only, so padding on the left changes nothing. None: all is text.
 
         last   logits of the last place only, (B, 1, V)
         """
@@ -241,16 +254,20 @@ class Decoder(nn.Module):
         x = self.embed(ids) if ids.dim() == 2 else ids
         before = cache.length if cache is not None else 0
         total = before + x.shape[1]
-        mask = x.new_ones(len(x), total, dtype=torch.bool) if mask is None else mask.bool()
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
+        columns = torch.arange(total, device=x.device)
+        places = columns[None, before:] if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
         if c.model_type == "gemma2":
             x = x * torch.tensor(math.sqrt(c.hidden_size), dtype=x.dtype, device=x.device)
         turn = rotations(places, c.head_dim, c.rope_theta, x.dtype)
-        rows = torch.arange(before, total, device=x.device)[:, None]
-        columns = torch.arange(total, device=x.device)
-        # a row of padding sees itself, so that its softmax is one; nothing reads it
-        full = ((columns <= rows) & mask[:, None, None]) | (columns == rows)
-        near = full & (columns > rows - c.sliding_window) if c.sliding_window else full
+        rows = columns[before:, None]
+        windowed = c.sliding_window is not None and total > c.sliding_window
+        if mask is None and c.attn_logit_softcapping is None and not windowed and (not before or len(rows) == 1):
+            full = near = None  # the attention knows this one by itself, and is faster for it
+        else:
+            full = (columns <= rows)[None, None]
+            if mask is not None:  # a row of padding sees itself, so that its softmax is one; nothing reads it
+                full = (full & mask.bool()[:, None, None]) | (columns == rows)
+            near = full & (columns > rows - c.sliding_window) if windowed else full
         for i, layer in enumerate(self.model.layers):
             x = layer(x, turn, near if c.windowed(i) else full, cache, i)
         if cache is not None:

@@ -56,7 +56,7 @@ def generate(
     cache, tokens = Cache(), []
     stops = torch.tensor(list(ends), dtype=torch.long, device=prompt.device)
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    read, mask = prompt, mask.bool()
+    read, mask = prompt, None if mask.bool().all() else mask.bool()
     for step in range(steps):
         logits = model(read, mask, cache=cache, last=True)[:, -1]  # (B, V)
         if temperature > 0:
@@ -69,5 +69,5 @@ def generate(
         if done.all():
             break
         read = token[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return torch.stack(tokens, dim=1) if tokens else prompt.new_zeros(len(prompt), 0, dtype=torch.long)

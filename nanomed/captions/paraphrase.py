@@ -9,23 +9,23 @@ patterns with slots, and `parse` reads a text back with the same tables, so that
 every text that this file makes means exactly what its prompt means.
 """
 
-import argparse
 import csv
 import io
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 from nanomed import data
 from nanomed.data import grammar
 from nanomed.data.grammar import CELLS, PARIS, join
 from nanomed.data.prompts import read_prompts
 from nanomed.data.table import DataError
-from nanomed.run import files
-from nanomed.run.flags import UsageError
+from nanomed.run import files, flags
 
 VERBS = ("Create", "Produce", "Draw", "Render", "Synthesize", "Make", "Show", "Give me", "Depict", "Prepare")
 NOUNS = ("an endoscopic image", "a medical image", "an endoscopy frame", "a picture from an endoscope")
@@ -229,26 +229,24 @@ def read_source(source: str) -> list[str]:
     return read_prompts(source)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m nanomed.captions.paraphrase", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("source", help="a file of prompts, or a data set such as clef:DIR")
-    parser.add_argument("--out", required=True, help="the CSV file to write, for train.py --paraphrases")
-    parser.add_argument("--n", type=int, default=40, help="paraphrases of a prompt, at least 1 (default: 40)")
-    words = parser.parse_args(arguments)
-    try:
-        if words.n < 1:
-            raise UsageError(f"--n {words.n}: out of range, which is >= 1")
-        files.expect_own(words.out)
-        prompts = [prompt for prompt in dict.fromkeys(read_source(words.source)) if prompt]
-        if not prompts:
-            raise DataError(f"{words.source}: no prompts")
-        count, uncovered = write_csv(words.out, prompts, words.n)
-        files.mark_own(words.out)
-    except (UsageError, DataError, OSError) as error:
-        sys.stderr.write(f"python -m nanomed.captions.paraphrase: {error}\n")
-        return 3 if isinstance(error, DataError) else 2
-    sys.stdout.write(f"{words.out}: {count:,} paraphrases of {len(prompts) - len(uncovered):,} prompts\n")
+@dataclass
+class Config:
+    source: str = ""  # a file of prompts, or a data set such as clef:DIR
+    out: Annotated[str, "a file to write"] = ""  # the CSV file to write, for train.py --paraphrases
+    n: Annotated[int, "1 .. 1000"] = 40  # paraphrases of a prompt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = flags.parse(Config, arguments, description=__doc__, words=("source",))
+    if not config.source or not config.out:
+        raise flags.UsageError("say what to paraphrase and where to write it: SOURCE --out FILE")
+    files.expect_own(config.out)
+    prompts = [prompt for prompt in dict.fromkeys(read_source(config.source)) if prompt]
+    if not prompts:
+        raise DataError(f"{config.source}: no prompts")
+    count, uncovered = write_csv(config.out, prompts, config.n)
+    files.mark_own(config.out)
+    sys.stdout.write(f"{config.out}: {count:,} paraphrases of {len(prompts) - len(uncovered):,} prompts\n")
     if uncovered:
         sys.stdout.write(f"{len(uncovered):,} that no rule covers train under their own words:\n")
         sys.stdout.writelines(f"    {prompt!r}\n" for prompt in uncovered)
@@ -256,4 +254,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    flags.main(main)

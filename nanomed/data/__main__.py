@@ -3,32 +3,34 @@
 PATH is a folder or a spec such as clef:DIR. Exit code 0: nothing serious; 3: something is; 2: usage.
 """
 
-import argparse
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 from tqdm import tqdm
 
 from nanomed.data.check import check, counter
-from nanomed.data.table import DataError
+from nanomed.run import flags
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanomed.data", description=__doc__, allow_abbrev=False)
-    parser.add_argument("verb", choices=["check"])
-    parser.add_argument("path", help="folder or spec of the data set")
-    parser.add_argument("--valid", default="", help="another set that must share no image with it")
-    parser.add_argument("--tokens", type=int, default=77, help="tokens a caption may have: MSDM 64, CLIP 77, T5 120")
-    parser.add_argument("--vocab", default="", help="folder of the tokenizer to count with; else they are estimated")
-    parser.add_argument("--all", action="store_true", help="name every place, not the first of each kind")
-    words = parser.parse_args(arguments)
-    try:
-        count = counter(words.vocab) if words.vocab else None
-        bar = lambda items, total: tqdm(items, total=total, unit="image", leave=False, disable=None)  # noqa: E731
-        table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, progress=bar)
-    except DataError as error:
-        print(_plain(str(error)), file=sys.stderr)
-        return 3
+@dataclass
+class Config:
+    verb: Annotated[str, "check"] = ""  # what to do
+    path: str = ""  # folder or spec of the data set
+    valid: str = ""  # another set that must share no image with it
+    tokens: Annotated[int, "1 .. 10^6"] = 77  # tokens a caption may have: MSDM 64, CLIP 77, T5 120
+    vocab: str = ""  # folder of the tokenizer to count with; else they are estimated
+    all: bool = False  # name every place, not the first of each kind
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = flags.parse(Config, arguments, description=__doc__, words=("verb", "path"))
+    if not words.path.strip():
+        raise flags.UsageError("path: say a folder, or a data set such as clef:DIR")
+    count = counter(words.vocab) if words.vocab else None
+    bar = lambda items, total: tqdm(items, total=total, unit="image", leave=False, disable=None)  # noqa: E731
+    table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, progress=bar)
     prompts = [prompt for row in table.rows for prompt in row.prompts]
     print(f"{len(table.rows):,} images, {len(prompts):,} prompts, {len(set(prompts)):,} of them distinct")
     groups = defaultdict(list)
@@ -50,4 +52,4 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.main(main)

@@ -4,6 +4,9 @@ The caption is made from the folder's name by a template, as Med-Art's "simple" 
 may have the usual abbreviations as names (MEL, NV, BCC, ...); captions spell them out.
 """
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nanomed.data.ham10000 import DIAGNOSES
@@ -21,10 +24,54 @@ def load(folder: str | Path, kind: str = "kvasir", problems: list[DataError] | N
     rows = []
     for path in listing(folder, "*/*", problems):
         label = path.parent.name
-        category = label.replace("-", " ").replace("_", " ")
-        if kind == "skin":
-            category = DIAGNOSES.get(label.lower(), category)
+        category = _spelled(label) if kind == "skin" else label.replace("-", " ").replace("_", " ")
         rows.append(Row(path, (TEMPLATES[kind].format(category=category),), label=label))
     if not rows:
         raise DataError(f"{folder}: no class folders with images; expected {folder}/CLASS/IMAGE.jpg")
     return Table(kind, tuple(rows))
+
+
+def named(table: Table) -> tuple[Table, tuple[str, ...]]:
+    """The table with the name of its class as the one prompt of an image, and all the names, for systems that know
+    classes instead of words. Where images have no class, every distinct prompt is one.
+
+    Raises DataError where one image has a class and another has not, and where no two images say the same.
+    """
+    if without := [row for row in table.rows if not row.label]:
+        if len(without) < len(table.rows):
+            raise DataError(f"{without[0].file}: has no class, as others have; put images into class folders")
+        names = sorted({prompt for row in table.rows for prompt in row.prompts} - {""})
+        if not names or len(names) == sum(len(row.prompts) for row in table.rows) > 1:
+            raise DataError(
+                f"{table.name}: no classes; put images into class folders, or add a column label to metadata.csv"
+            )
+        return table, tuple(names)
+    rows = tuple(replace(row, prompts=(_spelled(row.label),), paraphrases=()) for row in table.rows)
+    return Table(table.name, rows), tuple(sorted({row.prompts[0] for row in rows}))
+
+
+def class_of(prompt: str, names: Sequence[str]) -> int | None:
+    """Which class a prompt names: one that it is, by its name or its folder's, else the longest one whose name is among
+    its words; None for "".
+
+    Raises DataError where it names none, or several of which one is not part of the other.
+    """
+    if prompt in names:
+        return names.index(prompt)
+    if not prompt.strip():
+        return None
+    text, plain = _spelled(prompt).lower(), [name.lower() for name in names]
+    if text in plain:
+        return plain.index(text)
+    found = [name for name in plain if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    longest = max(found, key=len, default="")
+    if not found or any(name not in longest for name in found):
+        several = f"several classes ({', '.join(found)})" if found else "no class"
+        known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        raise DataError(f"the prompt {prompt!r} names {several}; the model knows: {known}")
+    return plain.index(longest)
+
+
+def _spelled(label: str) -> str:
+    """A folder's name in words."""
+    return DIAGNOSES.get(label.lower(), label.replace("-", " ").replace("_", " "))

@@ -2,24 +2,28 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanomed.data.table import DataError, column, read_csv, read_text
 
+WORDS, CLASSES = ("prompt", "text", "caption"), ("label", "category", "class")  # columns
 
-def read_prompts(path: str | Path) -> list[str]:
+
+def read_prompts(path: str | Path, columns: Sequence[str] = (*WORDS, *CLASSES)) -> list[str]:
     """The prompts of a file, in order; repetitions stay. As `read_rows`, without what rows say besides."""
-    return [row["prompt"] for row in read_rows(path, columns={})]
+    return [row["prompt"] for row in read_rows(path, columns, {})]
 
 
-def read_rows(path: str | Path, columns: Mapping[str, Callable[[str], Any]] | None = None) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, columns: Sequence[str] = (*WORDS, *CLASSES),
+              own: Mapping[str, Callable[[str], Any]] | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of a file of prompts: {"prompt": text} and, where a `.csv` or `.tsv` file has such columns and the cell
-    is not empty, seed, guidance, negative, steps, size and file, which decide for their row.
+    is not empty, seed, guidance, negative, steps, size and file, which decide for their row (`own`: others).
 
-    A `.csv` or `.tsv` file needs a column `prompt`, `Prompt` or `text` (or one column alone); other columns are
-    ignored, and an empty prompt means: no condition. Any other file is one prompt a line. Raises DataError.
+    A `.csv` or `.tsv` file needs a column `prompt`, `Prompt` or `text`, or one that names a class (or one column
+    alone): the first of `columns` that it has. Others are ignored, and an empty prompt means: no condition. Any other
+    file is one prompt a line. Raises DataError.
     """
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".tsv"):
@@ -31,11 +35,11 @@ def read_rows(path: str | Path, columns: Mapping[str, Callable[[str], Any]] | No
         records = read_csv(path)
         if not records:
             raise DataError(f"{path}: no prompts below the header")
-        name = column(records[0][1], ("prompt", "text", "caption")) or _only(records[0][1])
+        name = column(records[0][1], columns) or _only(records[0][1])
         if name is None:
             names = ", ".join(records[0][1])
             raise DataError(f"{path}:1: no column prompt, Prompt or text in the header, which is: {names}")
-        known = COLUMNS if columns is None else columns
+        known = COLUMNS if own is None else own
         there = {key: found for key in known if (found := column(records[0][1], (key,))) and found != name}
         rows = []
         for number, record in records:

@@ -3,11 +3,15 @@
 import csv
 import hashlib
 import io
+import json
 import random
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from nanomed.run import files
 
 FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "filename", "image"), ("text", "prompt", "caption")  # as people name them
 
@@ -33,7 +37,7 @@ class Table:
 
     def split(self, share: float, seed: int, by_label: bool = False) -> tuple["Table", "Table"]:
         """(train, valid) with `share` of the images in valid; all prompts of an image stay together, and all images
-        of a group.
+        of a group. Of one image, or one group, none is held out; of two or more at least one, and at least one is not.
 
         The choice depends on seed and names alone, not on the order of the rows. With `by_label` every class gives
         the same share.
@@ -54,11 +58,27 @@ class Table:
                 held_out.update(units[name])
                 taken += len(units[name])
         if share and not held_out and len(self.rows) > 1:
-            first = min(self.rows, key=lambda row: row.file)
-            held_out = {row.file for row in self.rows if row is first or row.group == first.group != ""}
+            held_out = self._unit(min)
+        if len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
+            held_out -= self._unit(max)
         train = tuple(row for row in self.rows if row.file not in held_out)
         valid = tuple(row for row in self.rows if row.file in held_out)
         return Table(self.name, train), Table(self.name, valid)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that can be trained on, in its order: files by name and bytes, prompts and classes. Where they
+        lie does not count."""
+        with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free
+            sums = pool.map(lambda row: files.sha256(row.file), self.rows)
+            rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad]
+                    for row, digest in zip(self.rows, sums)]  # fmt: skip
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def _unit(self, choose) -> set[Path]:
+        """The first or last image by name, with all of its group."""
+        one = choose(self.rows, key=lambda row: row.file)
+        return {row.file for row in self.rows if row is one or row.group == one.group != ""}
 
 
 def padded(table: Table) -> Table:

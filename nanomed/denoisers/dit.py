@@ -9,7 +9,7 @@ Parameter names are those of facebookresearch/DiT and fast-DiT. Time and class e
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -210,6 +210,13 @@ class DiT(nn.Module):
     def null(self, rows: int) -> Tensor:
         """int64 (rows,): the label of no class. (The published sample.py says 1000, which is ImageNet's.)"""
         return torch.full((rows,), self.config.num_classes, device=self.final_layer.linear.weight.device)
+
+    def relabel(self, classes: int) -> None:
+        """Fresh embeddings for another number of classes."""
+        self.config = replace(self.config, num_classes=classes)
+        old, self.y_embedder = self.y_embedder, LabelEmbedder(classes, self.config.hidden_size)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        self.y_embedder.to(old.embedding_table.weight)
 
     def dropped(self, labels: Tensor, drop: Tensor) -> Tensor:
         """labels int64 (B,) with the null label where `drop` bool (B,): for guidance, a tenth of them in training."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nanomed import weights
 from nanomed.layers.blocks import TimestepEmbedding
 from nanomed.layers.convolution import convolve
+from nanomed.layers.masks import longest
 from nanomed.weights import WeightsError
 
 
@@ -294,6 +295,12 @@ class Kandinsky3UNet(nn.Module):
         for i, level in enumerate(self.up_blocks):
             x = level(torch.cat([x, skips.pop()], dim=1) if i else x, time, text, bias)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def places(mask: Tensor, most: int) -> int:
+    """How long the texts are that the network is given, for a mask (B, L): as the published pipeline cuts them, one
+    place of padding behind the longest."""
+    return min(longest(mask) + 1, most)
 
 
 def load_kandinsky3(path: str | Path, dtype: torch.dtype | None = None) -> Kandinsky3UNet:

@@ -27,8 +27,8 @@ class Diffusion:
 
     schedule     "linear" | "scaled_linear" | "squaredcos"; the last ignores beta_start and beta_end
     prediction   "epsilon" | "sample" | "v": the network's target
-    spacing      the grid of `timesteps(steps)`: "msdm" | "linspace" | "leading" | "unclip"
-    offset       added to the "leading" grid
+    spacing      the grid of `timesteps(steps)`: "msdm" | "linspace" | "leading" | "inner" | "unclip"
+    offset       added to the "leading" and "inner" grids
     clip         clamp x_0 estimates to [-clip, clip]; 0 = never
     threshold    dynamic thresholding quantile (Saharia et al. 2022), 0 = off; replaces the clamp, and `clip` is then
                  the most that it divides by
@@ -80,10 +80,13 @@ class Diffusion:
         for name, known in (KNOWN | OF_CLASS.get(said["_class_name"], {})).items():
             if said.get(name, known[0]) not in known:
                 raise WeightsError(f"{where}: {name} = {said[name]!r} is not known here")
-        spacing = said["timestep_spacing"]
-        if spacing == "linspace" and said["_class_name"] != "DPMSolverMultistepScheduler":
+        spacing, solver = said["timestep_spacing"], said["_class_name"] == "DPMSolverMultistepScheduler"
+        if spacing == "linspace" and not solver:
             spacing = "unclip"  # linspace there leaves out the clean end, here it ends at 0
-        limit = said["sample_max_value"] if said["thresholding"] else said["clip_sample"] and said["clip_sample_range"]
+        if spacing == "leading" and solver:
+            spacing = "inner"
+        clips = said["clip_sample"] and said["_class_name"] in CLIPPING
+        limit = said["sample_max_value"] if said["thresholding"] else clips and said["clip_sample_range"]
         diffusion = cls(
             said["beta_start"],
             said["beta_end"],
@@ -125,11 +128,23 @@ class Diffusion:
             grid = [i * (self.length // steps) + self.offset for i in range(steps)]
             if grid[-1] > last:
                 raise ValueError(f"steps = {steps}: with an offset of {self.offset} that leaves the table")
+        elif self.spacing == "inner":  # of one step more, without its clean end: DPM-Solver's "leading"
+            grid = [i * (self.length // (steps + 1)) + self.offset for i in range(1, steps + 1)]
         elif self.spacing == "unclip":
             grid = [round(i * last / max(steps - 1, 1)) for i in range(steps)] if steps > 1 else [0]
         else:
-            raise ValueError(f"timestep spacing {self.spacing!r} is not msdm, linspace, leading or unclip")
+            raise ValueError(f"timestep spacing {self.spacing!r} is not msdm, linspace, leading, inner or unclip")
         return grid[::-1]
+
+    def most_steps(self) -> int:
+        """The most steps whose timesteps are all different, which solvers of a second order need."""
+        for steps in range(self.length, 1, -1):
+            try:
+                if len(set(self.timesteps(steps))) == steps:
+                    return steps
+            except ValueError:
+                continue
+        return 1
 
     def abar(self, t: Tensor | int, like: Tensor) -> Tensor | float:
         """abar_t, shaped to multiply `like` (B, ...); a float for an int t."""
@@ -199,6 +214,7 @@ PUBLISHED = {
     "PNDMScheduler": _DDPM | dict(clip_sample=False, skip_prk_steps=False, set_alpha_to_one=False),
     "EulerDiscreteScheduler": _DDPM | dict(clip_sample=False, timestep_spacing="linspace"),
 }
+CLIPPING = ("DDPMScheduler", "UnCLIPScheduler", "DDIMScheduler")  # the others leave x_0 alone, whatever a file says
 KNOWN: dict[str, tuple] = {  # settings and their values that carry over; the first is what silence means
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
@@ -218,7 +234,6 @@ KNOWN: dict[str, tuple] = {  # settings and their values that carry over; the fi
 _LEADING = {"timestep_spacing": ("leading",)}  # on other grids these go to timesteps of their own, not to the next one
 OF_CLASS: dict[str, dict[str, tuple]] = {
     "DDIMScheduler": _LEADING,
-    "DPMSolverMultistepScheduler": {"timestep_spacing": ("linspace",)},
     "PNDMScheduler": _LEADING | {"skip_prk_steps": (True,), "prediction_type": ("epsilon",)},
     "EulerDiscreteScheduler": _LEADING | {"interpolation_type": ("linear",), "timestep_type": ("discrete",),
                                          "sigma_min": (None,), "sigma_max": (None,)},

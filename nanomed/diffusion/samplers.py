@@ -10,13 +10,16 @@ Notation: a = abar_t at this step's timestep, b = abar of the step it goes to.
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nanomed.diffusion.process import Denoise, Diffusion
+from nanomed.diffusion.process import KNOWN, OF_CLASS, PUBLISHED, Denoise, Diffusion
+from nanomed.weights import WeightsError, settings
 
 
 class Noise(Protocol):
@@ -157,3 +160,42 @@ def pndm(denoise: Denoise, diffusion: Diffusion, x: Tensor, steps: int, noise: N
         mixed = torch.as_tensor(sum(w * e for w, e in zip(weights[len(history)], history)))
         x = transfer(x, mixed, a, b)
     return x
+
+
+SAMPLERS: dict[str, tuple[str, Callable[..., Tensor]]] = {  # the class of a scheduler's file that asks for it, and it
+    "ddim": ("DDIMScheduler", ddim),
+    "ddpm": ("DDPMScheduler", ddpm),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", dpmpp_2m),
+    "euler": ("EulerDiscreteScheduler", euler),
+    "pndm": ("PNDMScheduler", pndm),
+}
+
+
+def chosen(stated: dict, where: str, name: str = "") -> tuple[Diffusion, Callable[..., Tensor]]:
+    """The noise and the sampler that a `scheduler_config.json` asks for, or another sampler on the same noise.
+
+    stated   what stands in the file; where it is silent, the sampler's own class has the say, as in diffusers
+    name     of `SAMPLERS`; "": the one of the file
+
+    Raises WeightsError, with the setting's name, for a class or setting that is not known, and where the sampler
+    cannot follow what the network predicts.
+    """
+    if name and name not in SAMPLERS:
+        raise WeightsError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
+    asked = SAMPLERS[name][0] if name else stated.get("_class_name")
+    by_class = dict(SAMPLERS.values())
+    if asked not in by_class:
+        raise WeightsError(f"{where}: _class_name = {asked!r} is not one of {', '.join(by_class)}")
+    return Diffusion.from_settings(stated | {"_class_name": asked}, where), by_class[asked]
+
+
+def read_scheduler(folder: str | Path) -> dict:
+    """What a folder's `scheduler_config.json` says, as far as anything here asks for it: `chosen` knows it all.
+
+    Raises WeightsError where it is missing or damaged, or asks for what is not known.
+    """
+    path = Path(folder) / "scheduler_config.json"
+    asked = {"_class_name", *KNOWN}.union(*PUBLISHED.values(), *OF_CLASS.values())
+    stated = {name: value for name, value in settings(path, "a scheduler").items() if name in asked}
+    chosen(stated, str(path))
+    return stated

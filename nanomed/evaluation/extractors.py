@@ -7,7 +7,9 @@ dino        class tokens of DINOv2: FD-DINOv2, and neighbours among them
 swav        pooled features of SwAV's ResNet-50
 cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
 fbd         image embeddings of BiomedCLIP
+biomedclip  the same, for their cosine with embeddings of the prompts
 clip        image embeddings of CLIP ViT-B/32, which CLIPScore takes the cosine of with those of the prompts
+radiomic    radiomic features, without a network: FRD
 stand_in    features of the toy world's classifier, where there is no Inception file
 """
 
@@ -22,14 +24,18 @@ from PIL import Image
 from torch import Tensor
 
 from nanomed import weights
+from nanomed.data.table import DataError
 from nanomed.evaluation.store import Extractor
-from nanomed.metrics import clef, features
-from nanomed.metrics.networks import biomedclip, classifier, dinov2, resnet
+from nanomed.metrics import clef, features, frd
+from nanomed.metrics.networks import biomedclip as biomedclip_vision
+from nanomed.metrics.networks import classifier, dinov2, resnet
 from nanomed.metrics.networks import inception as published
 from nanomed.metrics.networks import vit as transformers
 from nanomed.text import clip_vision
+from nanomed.text.bert import OPTIONAL, Bert, BertConfig
 from nanomed.text.clip import ClipText, ClipTextConfig
 from nanomed.text.tokenizers import ClipTokenizer
+from nanomed.text.wordpiece import WordPiece
 
 Device = torch.device | str
 CLIP = "openai/clip-vit-large-patch14-336"  # CMMD
@@ -130,7 +136,7 @@ def squashed(pixels: Tensor, size: int) -> Tensor:
 def fbd(folder: str, batch: int, device: Device) -> Extractor:
     """{"features": (N, 512)}: BiomedCLIP's image embeddings, not normalised. Raises WeightsNotFound with the download
     command."""
-    network = biomedclip.load(weights.find(biomedclip.REPOSITORY, folder or None))
+    network = biomedclip_vision.load(weights.find(biomedclip_vision.REPOSITORY, folder or None))
     fingerprint, size = weights.fingerprint(network), network.config.image_size
     network.to(device)
 
@@ -138,6 +144,37 @@ def fbd(folder: str, batch: int, device: Device) -> Extractor:
         return {"features": features.embedded(network, images, lambda x: cropped(x, size), batch, device)}
 
     return Extractor("BiomedCLIP embedding", "224, bicubic, centre crop", fingerprint, columns)
+
+
+BIOMED_TEXT = BertConfig(30522, 768, 12, 12, 3072)  # PubMedBERT's shape
+BIOMED_LENGTH = 256  # tokens
+
+
+def biomedclip(folder: str, batch: int, device: Device) -> Extractor:
+    """As `fbd`, where the files that read prompts are there too. Raises WeightsNotFound."""
+    WordPiece.from_folder(weights.find(biomedclip_vision.REPOSITORY, folder or None))
+    return fbd(folder, batch, device)
+
+
+def biomedclip_prompts(
+    prompts: Sequence[str], folder: str, batch: int, device: Device, config: BertConfig = BIOMED_TEXT
+) -> Tensor:
+    """Embeddings (N, 512) of prompts by BiomedCLIP's text tower, cut at 256 tokens: a BERT, the state of [CLS], two
+    layers without bias (OpenCLIP's text encoder of Hugging Face models, with an "mlp" projection). On the CPU."""
+    place = weights.find(biomedclip_vision.REPOSITORY, folder or None)
+    known = {name.removeprefix("text."): t.float() for name, t in biomedclip_vision.tensors(place).items()
+             if name.startswith("text.")}  # fmt: skip
+    first, second = (known[f"proj.{i}.weight"].to(device) for i in (0, 2))
+    mine = {name.removeprefix("transformer."): t for name, t in known.items() if name.startswith("transformer.")}
+    tower = weights.build(Bert, config)
+    tower = weights.load(tower, mine, (*OPTIONAL, "embeddings.position_ids")).requires_grad_(False).eval().to(device)
+    ids, mask = WordPiece.from_folder(place)(list(prompts), BIOMED_LENGTH)
+    used = int(mask.sum(1).max())  # what is padding in every prompt changes nothing
+    found = []
+    for rows in torch.arange(len(ids)).split(batch):
+        states = tower(ids[rows, :used].to(device), mask[rows, :used].to(device))[:, 0]
+        found.append((F.gelu(states @ first.T) @ second.T).cpu())
+    return torch.cat(found)
 
 
 def clip(folder: str, batch: int, device: Device) -> Extractor:
@@ -185,6 +222,21 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     pickle = folder / transformers.PICKLE
     return weights.read_pickle(pickle) if pickle.is_file() and not any(folder.glob("model*.safetensors*")) else (
         weights.read(folder, "model"))  # fmt: skip
+
+
+def radiomic(folder: str, batch: int, device: Device) -> Extractor:
+    """{"features": (N, 693), "v0": (N, 93)} in float64, of images of any size, one after the other; no file is needed
+    and no device used. Raises DataError for an image that is too small."""
+
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        try:
+            found = [frd.features(image) for image in images]
+        except ValueError as error:
+            raise DataError(f"--metrics frd: {error}") from None
+        names = {"features": "v1", "v0": "v0"}
+        return {name: torch.from_numpy(np.stack([one[key] for one in found])) for name, key in names.items()}
+
+    return Extractor("Radiomics", "as pyradiomics 3.0.1", "", columns)
 
 
 def stand_in(folder: str, batch: int, device: Device) -> Extractor | None:

@@ -8,6 +8,7 @@ decoded once, whole, before a network sees any: damage is found by name, and the
 import functools
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -340,6 +341,19 @@ def mismatches(real: ImageSet, of_real: Survey, fake: ImageSet, of_fake: Survey)
         lines.append(f"{real.name} is {ratio[0]:.2f} times as wide as high, {fake.name} {ratio[1]:.2f}: "
                      f"every protocol stretches both to a square")  # fmt: skip
     return lines
+
+
+_GENERATED = re.compile(r"(?<![a-z])(fakes?|generated|synthetic|synth|samples?|drawn)(?![a-z])", re.IGNORECASE)
+_REAL = re.compile(r"(?<![a-z])(reals?|originals?|reference|ground.?truth)(?![a-z])", re.IGNORECASE)
+
+
+def exchanged(real: str, fake: str) -> str:
+    """A line where the names of two folders say the contrary of what they were given as; else ""."""
+    real, fake = (Path(where).name or where for where in (real, fake))
+    for name, sounds, other, given in ((real, _GENERATED, _REAL, "real"), (fake, _REAL, _GENERATED, "generated")):
+        if sounds.search(name) and not other.search(name):
+            return f"{name} does not sound {given}: are --real and --fake exchanged?"
+    return ""
 
 
 def _of(count: int, images: ImageSet) -> str:

@@ -18,7 +18,7 @@ from nanomed.data.table import DataError
 from nanomed.evaluation import extractors, imagesets, toyworld
 from nanomed.evaluation.imagesets import ImageSet, Survey
 from nanomed.evaluation.statistics import Statistics
-from nanomed.evaluation.store import Extractor, Store
+from nanomed.evaluation.store import Extractor, Store, cached_as
 from nanomed.metrics import downstream, entries, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
@@ -27,11 +27,11 @@ from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
-    "fid", "kid", "is", "pr", "dc", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
-    "fbd", "clip", "memorisation", "colour", "faithfulness", "classify",
+    "fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi", "kfd", "hfd", "dino", "cmmd", "swav",
+    "fbd", "frd", "clip", "biomedclip", "memorisation", "colour", "faithfulness", "classify",
 )  # fmt: skip
 USUAL = ("fid", "kid", "is", "pr", "colour", "memorisation", "faithfulness")
-OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "authenticity", "vendi"}
+OF_INCEPTION = {"fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi"}
 OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a folder of weights, a batch, a device
     "kfd": partial(extractors.vit, vit.KVASIR),
     "hfd": partial(extractors.vit, vit.SKIN),
@@ -39,11 +39,17 @@ OF_THEIR_OWN = {  # metrics with a network that no other reads: a function of a 
     "cmmd": extractors.cmmd,
     "swav": extractors.swav,
     "fbd": extractors.fbd,
+    "frd": extractors.radiomic,
     "clip": extractors.clip,
+    "biomedclip": extractors.biomedclip,
+}
+OF_PROMPTS = {  # metrics that compare an image with its prompt: the name of the score and the tower that reads
+    "clip": ("CLIPScore", extractors.clip_prompts),
+    "biomedclip": ("BiomedCLIP score", extractors.biomedclip_prompts),
 }
 EVERYTHING = "all"  # of METRICS, as far as images and files allow
 ORGANISERS = "imageclef2024"  # the protocol that has numbers of its own
-FOREIGN = ("kid", "pr", "dc", "authenticity", "vendi")  # to that protocol, which has FID and IS
+FOREIGN = ("kid", "pr", "dc", "fbeta", "authenticity", "vendi")  # to that protocol, which has FID and IS
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Settings:
     intervals: bool = True
     skip_bad: bool = False
     batch: int = 32
+    k: int = entries.K
     seed: int = 2204
 
 
@@ -184,8 +191,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             notes.append(f"memorisation is left out: {error}")
     if "faithfulness" in wanted:
         outcome.shared |= _faithfulness(fake, asked if lacking is None else ())
-    if "clip" in networks:
-        outcome.shared |= _clip_score(sets, networks["clip"], found["clip"], settings, ranks.device)
+    for name in filter(networks.__contains__, OF_PROMPTS):
+        outcome.shared |= _clip_score(sets, name, networks[name], found[name], settings, ranks.device)
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
@@ -216,10 +223,11 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
     counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
     reason = ""
-    if not sets.reals and name not in ("fid", "faithfulness", "clip"):
+    if not sets.reals and name not in ("fid", "faithfulness", *OF_PROMPTS):
         reason = f"needs real images, and {', '.join(sets.statistics)} holds statistics, which only fid can be taken to"
-    elif name in entries.LEAST or name in OF_THEIR_OWN and name != "clip":
+    elif name in entries.LEAST or name in OF_THEIR_OWN and name not in OF_PROMPTS:
         need = entries.LEAST.get("dc" if name == "dino" else name, 2)
+        need = max(need, settings.k + 1) if name in ("pr", "dino") else need
         if name == "is" and settings.protocol != ORGANISERS:
             least = len(sets.fake)
         if least < need:
@@ -234,7 +242,7 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
             reason = f"needs at least {few} training images, and {sets.train.name} has {len(sets.train)}"
         elif sets.held_out and sum(map(len, sets.reals.values())) < few:
             reason = f"needs at least {few} held-out images"
-    elif name in ("faithfulness", "clip"):
+    elif name == "faithfulness" or name in OF_PROMPTS:
         if not sets.fake.prompts:
             reason = f"needs the prompts of {sets.fake.name}: --prompts FILE, or the manifest.jsonl of sample.py"
     elif name == "classify":
@@ -305,10 +313,13 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     if "dino" in networks:
         dino = _measured(networks["dino"], found["dino"], real, fake, settings, device)
         results |= dino.frechet("FD-DINOv2")
-        among = _repeated(dino, ["pr", "dc", *({"authenticity", "vendi"} & set(wanted))])
+        among = _repeated(dino, ["pr", "dc", *({"fbeta", "authenticity", "vendi"} & set(wanted))])
         results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
     if "cmmd" in networks:
         results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
+    if "frd" in networks:
+        sides = [{key: found["frd"][images.hashes][key] for key in ("features", "v0")} for images in (real, fake)]
+        results |= entries.radiomic(*sides, networks["frd"].protocol, settings.intervals, settings.seed)
     main = networks.get("main")
     if main is None:
         return results
@@ -336,6 +347,8 @@ def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Stati
     features = found[fake.hashes]["features"].to(device)
     mean, covariance = known.mean.to(device), known.covariance.to(device)
     protocol = f"{network.name}, {network.protocol}"
+    if known.of and known.of != cached_as(network):
+        raise ValueError(f"holds features of {known.of}, and those of the images are of {cached_as(network)}")
     label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
     return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network,
                                                  settings.intervals, settings.seed)}  # fmt: skip
@@ -348,6 +361,8 @@ def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:
         results |= sets.precision_recall()
     if "dc" in wanted:
         results |= sets.density_coverage()
+    if "fbeta" in wanted:
+        results |= sets.f_beta()
     if "authenticity" in wanted:
         results |= sets.authenticity()
     if "vendi" in wanted:
@@ -360,7 +375,7 @@ def _measured(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, s
     protocol = network.name if stand_in else f"{network.name}, {network.protocol}"
     features = [found[images.hashes]["features"].to(device) for images in (real, fake)]
     prefix = f"{STAND_IN.split()[0]} " if stand_in else ""
-    return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed)
+    return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed, settings.k)
 
 
 def _memorisation(sets: Sets, eyes: Eyes, found, networks, settings) -> tuple[memorisation.Memorisation, Entries]:
@@ -398,19 +413,20 @@ def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
     return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
 
 
-def _clip_score(sets: Sets, network: Extractor, found: dict, settings, device) -> Entries:
+def _clip_score(sets: Sets, name: str, network: Extractor, found: dict, settings, device) -> Entries:
     """Agreement of every generated image with its first prompt; beside it the real ones', where they have any."""
 
     def pairs(images: ImageSet) -> tuple[Tensor, Tensor]:
         places: dict[str, int] = {}  # each prompt once
         rows = [places.setdefault(prompts[0], len(places)) for prompts in images.prompts]
-        texts = extractors.clip_prompts(list(places), settings.weights, settings.batch, device)
+        texts = read(list(places), settings.weights, settings.batch, device)
         return found[images.hashes]["features"], texts[rows]
 
+    label, read = OF_PROMPTS[name]
     told = [real for real in sets.reals.values() if real.prompts]
     own = torch.cat([scores.clip_scores(*pairs(real)) for real in told]) if told and settings.intervals else None
     protocol = f"{network.name}, {network.protocol}, first prompt"
-    return entries.clip_score(*pairs(sets.fake), protocol, network.network, own)
+    return entries.clip_score(*pairs(sets.fake), protocol, network.network, own, label)
 
 
 def classify(sets: Sets, settings: Settings, device: torch.device | str = "cpu") -> Entries:

@@ -3,18 +3,26 @@
 pytorch-fid and clean-fid write them as `.npz` with `mu` (D,) and `sigma` (D, D) of Inception's pool3. A Frechet
 distance needs no more of the real side; nothing else can be measured against them. What the file does not say, its
 user must know: it is only comparable under the protocol (--protocol) that its features were made with.
+
+A folder of this project's own features (runs/cache/features/NETWORK-PROTOCOL-HASH) serves as well, where the images
+themselves are elsewhere: its name says what they are features of.
 """
 
+import hashlib
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nanomed.data.table import DataError
+from nanomed.metrics import scores
 from nanomed.run import files
+from nanomed.run.cache import SHARD
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,42 @@ class Statistics:
     mean: Tensor  # (D,) float64
     covariance: Tensor  # (D, D) float64
     digest: str  # SHA-256 of the file
+    of: str = ""  # network and protocol, where that is known
+
+
+def holds(path: str | Path) -> bool:
+    """Whether a path is a file of statistics or a folder of cached features."""
+    return str(path).endswith(".npz") or bool(_shards(Path(path)))
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/*.safetensors") if re.fullmatch(r"\d{8}", path.stem))
+
+
+def of_cache(folder: str | Path) -> Statistics:
+    """The moments of a folder of features that an earlier evaluation left in its cache. Raises DataError for shards
+    that are damaged, missing or of no features."""
+    folder, parts, digests = Path(folder), [], []
+    for number, path in enumerate(_shards(folder)):
+        mark = path.with_suffix(".sha256")
+        digests.append(files.sha256(path))
+        if not mark.is_file() or mark.read_text() != digests[-1] or int(path.stem) != number * SHARD:
+            raise DataError(f"{path}: damaged or unfinished; measure the images themselves again")
+        parts.append(load_file(path).get("features"))
+    if len({path.parent for path in _shards(folder)}) != 1 or any(part is None or part.ndim != 2 for part in parts):
+        raise DataError(f"{folder}: no features (N, D) of one set of images")
+    features = torch.cat(parts).double()
+    if len(features) < 2:
+        raise DataError(f"{folder}: features of one image have no covariance")
+    mean, covariance = scores.moments(features)
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Statistics(str(folder), mean, covariance, digest, folder.resolve().name.rpartition("-")[0])
 
 
 def read(path: str | Path) -> Statistics:
     """The `mu` and `sigma` of an `.npz`. Raises DataError where there are none, or they are of no Gaussian."""
+    if Path(path).is_dir():
+        return of_cache(path)
     try:
         with np.load(path, allow_pickle=False) as table:
             mean, covariance = (torch.from_numpy(np.asarray(table[key], dtype=np.float64)) for key in ("mu", "sigma"))

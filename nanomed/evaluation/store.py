@@ -59,7 +59,7 @@ class Store:
         """
         key = [extractor.name, extractor.protocol, extractor.network, _version(), list(hashes)]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        folder = self.folder / f"{_slug(extractor.name)}-{_slug(extractor.protocol)}-{digest[:16]}"
+        folder = self.folder / f"{cached_as(extractor)}-{digest[:16]}"
         there = {int(path.stem): path for path in folder.glob("*/*.safetensors")}
 
         def make(rows: list[int]) -> dict[str, Tensor]:
@@ -93,9 +93,14 @@ def ahead(image: Callable[[int], np.ndarray], rows: Sequence[int], most: int = 6
 def _version() -> str:
     """Changes when the code between pixels and features does, so that no cache outlives a correction."""
     metrics, here = Path(metrics_wing.__file__).parent, Path(__file__).parent
-    makers = [*metrics.glob("networks/*.py"), metrics / "features.py", metrics / "clef.py", here / "extractors.py"]
-    makers += [Path(clip_vision.__file__), Path(clip.__file__)]
+    makers = [*metrics.glob("networks/*.py"), *metrics.glob("f*.py"), metrics / "clef.py", here / "extractors.py"]
+    makers += [metrics / "radiomics.py", Path(clip_vision.__file__), Path(clip.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(makers))).hexdigest()[:16]
+
+
+def cached_as(extractor: Extractor) -> str:
+    """How the folders of an extractor's features begin."""
+    return f"{_slug(extractor.name)}-{_slug(extractor.protocol)}"
 
 
 def _slug(text: str) -> str:

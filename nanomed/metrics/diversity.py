@@ -1,11 +1,14 @@
-"""Whether a set repeats what it was made from, and whether it repeats itself: authenticity and the Vendi score.
+"""Whether a set repeats what it was made from, or itself, or lacks a part: authenticity, Vendi score, F-beta curves.
 
 Features are (N, D) tensors of one network, as in scores.py; memory grows with N and D^2, never with N^2.
 """
 
 import math
+import warnings
 
+import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from nanomed.metrics import scores
@@ -59,3 +62,39 @@ def vendi(features: Tensor) -> float:
             gram.addmm_(unit.T, unit)
     values = torch.linalg.eigvalsh(gram / n).clamp(min=0)
     return torch.special.entr(values).sum().exp().item()
+
+
+# ------------------------------------------------------------------------------------------------------ F-beta curves
+
+
+def clusters(real: Tensor, fake: Tensor, count: int = 20, repeats: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Both sets' bins (N, repeats) and (M, repeats): the nearest of `count` centres that k-means, started `repeats`
+    times, finds in the two together (Sajjadi et al. 2018, section 4.1)."""
+    scores.check(1, real, fake)
+    both = torch.cat([real, fake]).float().cpu().numpy()
+    count, draw, found = min(count, len(both)), np.random.default_rng(seed), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a centre that nothing is nearest to: an empty bin, where images repeat
+        for _ in range(repeats):
+            found.append(kmeans2(both, count, iter=20, minit="++", rng=draw)[1])
+    bins = torch.from_numpy(np.stack(found, 1)).long()
+    return bins[: len(real)], bins[len(real) :]
+
+
+def curve(real: Tensor, fake: Tensor, angles: int = 1001) -> Tensor:
+    """Precision and recall (angles, 2) of bins (N, repeats) and (M, repeats), means over the repeats: for every slope
+    l from 0 to infinity, sum min(l p, q) and sum min(p, q / l) of the shares p and q of both sets (eq. 7)."""
+    slope = torch.linspace(1e-6, math.pi / 2 - 1e-6, angles, dtype=torch.float64).tan()[:, None]
+    count, found = int(max(real.max(), fake.max())) + 1, 0.0
+    for one, other in zip(real.T, fake.T):
+        p, q = (torch.bincount(bins, minlength=count).double() / len(bins) for bins in (one, other))
+        precision = torch.minimum(slope * p, q).sum(1)
+        found = found + torch.stack([precision, precision / slope[:, 0]], 1)
+    return (found / real.shape[1]).clamp(0, 1)
+
+
+def f_beta(points: Tensor, beta: float) -> float:
+    """The best (1 + beta^2) P R / (beta^2 P + R) on a curve (points, 2): with beta above 1 recall weighs more."""
+    precision, recall = points.unbind(1)
+    below = (beta**2 * precision + recall).clamp(min=1e-30)
+    return ((1 + beta**2) * precision * recall / below).max().item()

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.metrics import clef, colour, diversity, scores, uncertainty
+from nanomed.metrics import clef, colour, diversity, frd, scores, uncertainty
 
 SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
 SUBSETS, SUBSET = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score
+BINS, BETA = 20, 8.0  # of the F-beta curves
 K, K_COVERAGE = 3, 5  # neighbours of precision and recall, of density and coverage
 LEAST = {  # images that a metric needs
-    "fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1, "authenticity": 2, "vendi": 1
+    "fid": 2, "kid": 2, "is": SPLITS, "pr": K + 1, "dc": K_COVERAGE + 1, "fbeta": BINS, "authenticity": 2, "vendi": 1
 }  # fmt: skip
 
 Entries = dict[str, dict]
@@ -32,6 +33,7 @@ class Measured:
     network      fingerprint of the weights
     prefix       before the names of the distances, where they are not the published network's
     sure         with intervals and floors: about a dozen times the arithmetic
+    k            neighbours of precision and recall
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class Measured:
         prefix: str = "",
         sure: bool = True,
         seed: int = 0,
+        k: int = K,
     ) -> None:
+        self.k = k
         self.real, self.fake, self.protocol, self.network = real, fake, protocol, network
         self.prefix, self.sure, self.seed = prefix, sure, seed
         self.n = min(len(real), len(fake))
@@ -84,10 +88,10 @@ class Measured:
         """Precision, recall and their harmonic mean."""
 
         def values(a: Tensor, b: Tensor) -> Sequence[float]:
-            precision, recall = scores.precision_recall(a, b, K)
+            precision, recall = scores.precision_recall(a, b, self.k)
             return precision, recall, scores.f1(precision, recall)
 
-        return self._of_neighbours(("precision", "recall", "F1"), values, K)
+        return self._of_neighbours(("precision", "recall", "F1"), values, self.k)
 
     def density_coverage(self) -> Entries:
         """Density and coverage."""
@@ -96,6 +100,28 @@ class Measured:
             return scores.density_coverage(a, b, K_COVERAGE)
 
         return self._of_neighbours(("density", "coverage"), values, K_COVERAGE)
+
+    def f_beta(self) -> Entries:
+        """F8 (recall) and F1/8 (precision) of the curve between them, which each entry holds in 21 points."""
+        bins = diversity.clusters(self.real, self.fake, BINS, seed=self.seed)
+
+        def values(a: Tensor, b: Tensor) -> Sequence[float]:
+            points = diversity.curve(a, b)
+            return diversity.f_beta(points, BETA), diversity.f_beta(points, 1 / BETA)
+
+        def fresh(a: Tensor, b: Tensor) -> Sequence[float]:
+            return values(*diversity.clusters(a, b, BINS, seed=self.seed))
+
+        points = diversity.curve(*bins, angles=21).tolist()
+        how = (f"{BINS} clusters, recall first", f"{BINS} clusters, precision first")
+        found = [self._entry(value, said) | {"curve": points} for said, value in zip(how, values(*bins))]
+        if self.sure and self.n >= 2 * GROUPS:
+            ends = uncertainty.intervals(values, *bins, groups=GROUPS, seed=self.seed, support=(0.0, 1.0))
+            found = [entry | interval(pair, jackknife(GROUPS)) for entry, pair in zip(found, ends)]
+        if self.sure and len(self.real) >= 2 * BINS:
+            floors, used = uncertainty.floor(fresh, self.real, self.n, self.seed)
+            found = [entry | _floor(value, used) for entry, value in zip(found, floors)]
+        return dict(zip(("F8", "F1/8"), found))
 
     def authenticity(self) -> Entries:
         """The share of fakes that are not too near a real image."""
@@ -126,7 +152,7 @@ class Measured:
         if self.sure and self.n >= 2 * GROUPS:
             if self._neighbours is None:
                 self._neighbours = uncertainty.neighbour_intervals(
-                    self.real, self.fake, K, K_COVERAGE, GROUPS, seed=self.seed
+                    self.real, self.fake, self.k, K_COVERAGE, GROUPS, seed=self.seed
                 )
             found = [self._neighbours[name.lower()] for name in names]
             entries = {
@@ -206,6 +232,31 @@ def clip_score(
     if of_real is not None:
         entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
     return {name: entry | small(len(each))}
+
+
+def radiomic(
+    real: Mapping[str, Tensor], fake: Mapping[str, Tensor], protocol: str, sure: bool = True, seed: int = 0
+) -> Entries:
+    """FRD v1 and v0 from {"features": (N, 693), "v0": (N, 93)} of both sets."""
+    entries: Entries = {}
+    for name, column, distance, how in (
+        ("FRD v1", "features", frd.distance_v1, "log of the squared distance"),
+        ("FRD v0", "v0", frd.distance_v0, "scaled to 7.457"),
+    ):
+        a, b = real[column], fake[column]
+        n, width = min(len(a), len(b)), a.shape[1]
+        entry = {"value": distance(a, b), "protocol": f"{protocol}, {width} features, {how}", "n_real": len(a),
+                 "n_fake": len(b)} | small(n, biased=True)  # fmt: skip
+        if n <= width:
+            entry["flag"] = f"N = {n:,} for {width} features: their covariance is singular; compare at equal N only"
+        if sure and n >= 2 * GROUPS:
+            low = 0.0 if name == "FRD v0" else -np.inf
+            ends = uncertainty.interval(distance, a, b, groups=GROUPS, seed=seed, support=(low, np.inf))
+            entry |= interval(ends, jackknife(GROUPS))
+        if sure and len(a) >= 4:
+            entry |= _floor(*uncertainty.floor(distance, a, n, seed))
+        entries[name] = entry
+    return entries
 
 
 def imageclef2024(real: Tensor, fake: Tensor, network: str, sure: bool = True, seed: int = 0) -> Entries:

@@ -7,26 +7,32 @@
         schedule: Annotated[str, "constant | cosine"] = "constant"  # of the learning rate
 
 A range is checked before a file is opened or a folder made. It is written as ">= 1", "> 0", "0 .. 1" (both included),
-"0 ..< 1" (below 1), or as words to choose from. NaN and infinity are no numbers.
+"0 ..< 2^63" (below it), as words to choose from, or, of a place, as "a folder to write" or "a file to write". NaN and
+infinity are no numbers, and digits are 0 to 9.
 """
 
 import argparse
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 # What people type from diffusers, kohya and nanoGPT, and what it is called here.
 ALIASES = {
     "learning_rate": "lr", "lr_scheduler": "schedule", "lr_warmup_steps": "warmup", "max_train_steps": "steps",
     "train_batch_size": "batch", "batch_size": "batch", "gradient_accumulation_steps": "accumulate",
     "mixed_precision": "precision", "max_grad_norm": "clip", "grad_clip": "clip", "adam_weight_decay": "weight_decay",
-    "output_dir": "out", "out_dir": "out", "train_data_dir": "data", "resolution": "size", "lora_alpha": "alpha",
-    "network_dim": "rank", "network_alpha": "alpha", "resume_from_checkpoint": "resume",
+    "adam_epsilon": "eps", "output_dir": "out", "out_dir": "out", "train_data_dir": "data", "resolution": "size",
+    "lora_alpha": "alpha", "network_dim": "rank", "network_alpha": "alpha", "resume_from_checkpoint": "resume",
     "checkpointing_steps": "save_every", "checkpoints_total_limit": "keep", "validation_steps": "save_every",
     "validation_prompts": "grid_prompts", "ema_decay": "ema", "num_inference_steps": "steps",
     "guidance_scale": "guidance", "cfg_scale": "guidance", "pretrained_model_name_or_path": "weights",
@@ -39,77 +45,93 @@ class UsageError(ValueError):
     """A command line that cannot be run; one line says why."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are UsageErrors: one line, and no usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists all flags)")
+
+
 def parse(
     cls: type[Config],
     argv: Sequence[str] | None = None,
     presets: Callable[[str], dict[str, Any]] | None = None,
     own: Callable[[str], Sequence[type]] = lambda model: (),
     description: str = "",
+    words: Sequence[str] = (),
+    before: Mapping[str, Any] | None = None,
 ) -> Config:
     """Make an instance of the dataclass `cls` from command-line flags.
 
-    Values come from the command line, else from `presets(model)`, else from the field's default. `-` and `_` are
-    the same in flag names, and the names in `ALIASES` are understood. `own(model)` names dataclasses whose fields are
-    flags for this model only; the instance has them as attributes, too. Its `given` lists the fields that the command
-    line named.
+    Values come from the command line, else from `before` (settings of a run to go on with), else from
+    `presets(model)`, else from the field's default. `-` and `_` are the same in flag names, and the names in `ALIASES`
+    are understood. `own(model)` names dataclasses whose fields are flags for this model only; the instance has them as
+    attributes, too. Fields named in `words` are said without a flag, in this order; one of type `tuple[str, ...]` takes
+    all that come. The instance's `given` lists the fields that the command line named.
 
-    Raises UsageError for a value out of its range. Unknown flags end the script with a line on standard error.
+    Raises UsageError for a value out of its range, and for flags that there are not.
     """
-    words = [_normal(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
+    before = before or {}
     common = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    model = _model(words, common)
+    model = said("model", argv) or str(before.get("model", common["model"].default)) if "model" in common else ""
     extra = own(model) if model else ()
     whole = dataclasses.make_dataclass(cls.__name__, [], bases=(*reversed(extra), cls)) if extra else cls
     fields = {field.name: field for field in dataclasses.fields(whole)}
     preset = {name: value for name, value in presets(model).items() if name in fields} if presets and model else {}
+    known = preset | {name: value for name, value in before.items() if name in fields}
 
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--flag VALUE ...]",
+    parser = Parser(
+        prog=program(),
+        usage=" ".join(["%(prog)s", *(name.upper() for name in words), "[--flag VALUE ...]"]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for source in (cls, *extra):
         title = "" if source is cls else (inspect.getdoc(source) or f"options of {model}").splitlines()[0]
-        _add(parser, source, title, preset)
-    words = [_aliased(word, fields) for word in words]
-    raw = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
-    given = {name: _convert(name, value, fields[name].type) for name, value in raw.items()}
-    config = whole(**preset | given)
+        _add(parser, source, title, known, words)
+    raw = {name: value for name, value in vars(parser.parse_args(_joined(argv, fields))).items() if value is not None}
+    labels = {name: name if name in words else f"--{name}" for name in raw}
+    given = {name: converted(labels[name], value, fields[name].type) for name, value in raw.items()}
+    config = whole(**known | given)
     config.given = tuple(given)
     return config
 
 
-def _model(words: list[str], fields: dict[str, dataclasses.Field]) -> str:
-    """The model that the command line names, as far as the script has that flag."""
-    if "model" not in fields:
-        return ""
-    for i, word in enumerate(words):
-        if word == "--model" and i + 1 < len(words):
-            return words[i + 1]
-        if word.startswith("--model="):
-            return word.partition("=")[2]
-    return str(fields["model"].default)
+def said(flag: str, argv: Sequence[str] | None = None) -> str:
+    """What a command line gives a flag, under any of its names; "" where it does not name it. The last one counts."""
+    found = ""
+    words = [_named(word) for word in (sys.argv[1:] if argv is None else argv)]
+    for word, after in zip(words, [*words[1:], ""]):
+        name, equals, value = word[2:].partition("=")
+        if word.startswith("--") and ALIASES.get(name, name) == flag:
+            found = value if equals else "" if after.startswith("--") else after
+    return found
 
 
-def _add(parser: argparse.ArgumentParser, cls: Any, title: str, preset: dict[str, Any]) -> None:
+def _add(
+    parser: argparse.ArgumentParser, cls: Any, title: str, known: dict[str, Any], words: Sequence[str]
+) -> None:
     """The flags of one dataclass, in groups by its heading comments or under one title."""
     group: Any = parser.add_argument_group(title) if title else parser
-    for name, (heading, said) in comments(cls).items():
+    for name, (heading, told) in comments(cls).items():
         field = cls.__dataclass_fields__[name]
         if heading and not title:
             group = next((g for g in parser._action_groups if g.title == heading), None)
             group = group or parser.add_argument_group(heading)
-        default = preset.get(name, field.default)
-        told = [range_of(field.type)] if range_of(field.type) and "|" not in range_of(field.type) else []
-        told += [] if default in ("", None) else [f"default: {default}"]
-        said = f"{range_of(field.type)}; {said}" if "|" in range_of(field.type) else said
+        default, limits = known.get(name, field.default), range_of(field.type)
+        more = [limits] if limits and "|" not in limits else []
+        more += [] if default in ("", None, ()) else [f"default: {default}"]
+        told = f"{limits.lstrip(' |')}; {told}" if "|" in limits else told
+        text = (told + (f" ({'; '.join(more)})" if more else "")).replace("%", "%%")
         kind = kind_of(field.type)
+        if name in words:
+            count = {"nargs": "*"} if kind is tuple else {}
+            parser.add_argument(name, help=text, default=None, **count)  # type: ignore[arg-type]
+            continue
         options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-        text = said + (f" ({'; '.join(told)})" if told else "")
-        group.add_argument(
-            f"--{name}", type=str, default=None, metavar=_METAVAR[kind], help=text.replace("%", "%%"), **options
-        )
+        group.add_argument(f"--{name}", type=str, default=None, metavar=_METAVAR[kind], help=text, **options)
 
 
 _METAVAR = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
@@ -121,35 +143,46 @@ def range_of(annotation: Any) -> str:
 
 
 def kind_of(annotation: Any) -> type:
-    """bool, int, float or str of an annotation such as `int | None` or `Annotated[int, ">= 1"]`."""
+    """bool, int, float, str or tuple of an annotation such as `int | None` or `Annotated[int, ">= 1"]`."""
     plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    if get_origin(plain) is tuple:
+        return tuple
     for kind in (bool, int, float, str):
         if plain is kind or kind in get_args(plain):
             return kind
     raise TypeError(f"a flag cannot be of type {annotation}")
 
 
-def _convert(name: str, text: str, annotation: Any) -> Any:
+_NUMBER = {int: r"[+-]?[0-9][0-9_]*", float: r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
+
+
+def converted(label: str, text: Any, annotation: Any) -> Any:
     """A flag's text as a value; UsageError with the flag, the text and the range."""
     kind, limits = kind_of(annotation), range_of(annotation)
+    if kind is tuple:
+        return tuple(text)
+    shown = f"{label} {text if len(text) <= 80 else text[:77] + '...'}"
     if kind is bool:
         if text.lower() in ("true", "1", "yes", "on"):
             return True
         if text.lower() in ("false", "0", "no", "off"):
             return False
-        raise UsageError(f"--{name} {text}: say true or false")
+        raise UsageError(f"{shown}: say true or false")
     if kind is str:
-        if limits and text not in limits.split(" | "):
-            raise UsageError(f"--{name} {text}: choose {', '.join(limits.split(' | '))}")
+        if limits.endswith(" to write"):
+            _check_place(shown, text, folder=limits == "a folder to write")
+        elif limits and text not in limits.split(" | "):
+            raise UsageError(f"{shown}: choose {', '.join(filter(None, limits.split(' | ')))}")
         return text
-    try:
-        value = kind(text.replace("_", "") if kind is int else text)
-    except ValueError:
-        raise UsageError(f"--{name} {text}: not {'a whole number' if kind is int else 'a number'}") from None
-    if not math.isfinite(value):
-        raise UsageError(f"--{name} {text}: not a number")
+    number = f"{'a whole' if kind is int else 'a'} number"
+    wanted = f"not {number}{f' in the range {limits}' if limits else ''}"
+    if not re.fullmatch(_NUMBER[kind], text) or len(text) > 300:
+        raise UsageError(f"{shown}: {wanted}")
+    value = kind(text.replace("_", ""))
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"{shown}: {wanted}")
     if not within(value, limits):
-        raise UsageError(f"--{name} {text}: out of range, which is {limits}")
+        raise UsageError(f"{shown}: out of range, which is {limits}")
     return value
 
 
@@ -157,15 +190,43 @@ def within(value: float, limits: str) -> bool:
     """Whether a number lies in a range as written in an annotation; "" is every number."""
     if not limits:
         return True
+
+    def number(text: str) -> float:
+        base, power, exponent = text.partition("^")
+        return int(base) ** int(exponent) if power else float(base)
+
     if match := re.fullmatch(r"(>=|>) (\S+)", limits):
-        return value >= float(match[2]) if match[1] == ">=" else value > float(match[2])
+        return value >= number(match[2]) if match[1] == ">=" else value > number(match[2])
     if match := re.fullmatch(r"(\S+) (\.\.<?) (\S+)", limits):
-        low, high = float(match[1]), float(match[3])
+        low, high = number(match[1]), number(match[3])
         return low <= value <= high if match[2] == ".." else low <= value < high
     raise ValueError(f"{limits!r} is no range")
 
 
-def _normal(word: str) -> str:
+def _check_place(shown: str, text: str, folder: bool) -> None:
+    """Whether a file or folder could be written there; nothing is."""
+    if not text.strip():
+        raise UsageError(f"{shown}: say a {'folder' if folder else 'file'} to write")
+    try:
+        path = Path(text)
+        if path.exists() and path.is_dir() != folder:
+            raise UsageError(f"{shown}: that is {'no' if folder else 'a'} folder")
+        there = path
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir() and there != path:
+            raise UsageError(f"{shown}: {there} is no folder")
+        if not os.access(there, os.W_OK):
+            raise UsageError(f"{shown}: {there} cannot be written to")
+        if any(len(os.fsencode(part)) > 255 - 15 for part in path.parts):  # temporary names are longer
+            raise UsageError(f"{shown}: too long a name")
+    except (OSError, ValueError) as error:  # a name that no file can have
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{shown}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _named(word: str) -> str:
     """A flag with underscores for hyphens."""
     if not word.startswith("--"):
         return word
@@ -173,11 +234,19 @@ def _normal(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def _aliased(word: str, fields: dict[str, Any]) -> str:
-    name, equals, value = word[2:].partition("=")
-    if not word.startswith("--") or name in fields or ALIASES.get(name) not in fields:
-        return word
-    return f"--{ALIASES[name]}{equals}{value}"
+def _joined(argv: Sequence[str], fields: dict[str, Any]) -> list[str]:
+    """Words with flags under their own names, and each value joined to its flag, so that "-inf" is read as a value."""
+    words, found = [_named(word) for word in argv], []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word[2:].partition("=")
+        if word.startswith("--") and name not in fields and ALIASES.get(name) in fields:
+            name = ALIASES[name]
+            word = f"--{name}{equals}{value}"
+        if word.startswith("--") and name in fields and not equals and words and not words[0].startswith("--"):
+            word = f"--{name}={words.pop(0)}"
+        found.append(word)
+    return found
 
 
 def comments(cls: type) -> dict[str, tuple[str, str]]:
@@ -190,6 +259,7 @@ def comments(cls: type) -> dict[str, tuple[str, str]]:
     return found
 
 
+@cache
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
     found, last, heading = {}, None, ""
     for line in inspect.getsource(cls).splitlines():
@@ -205,19 +275,56 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
     return found
 
 
+CODES = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
+MACHINE = 5  # a file that cannot be read or written, or too little memory
+
+
+def program() -> str:
+    """The name of the running command, as one types it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and module.name.startswith("nanomed"):
+        return f"python -m {module.name.removesuffix('.__main__')}"
+    return os.path.basename(sys.argv[0])
+
+
 def main(run: Callable[[], int | None]) -> None:
     """Run a script. A user's mistake becomes one line on standard error and an exit code: 2 the command line,
-    3 data, 4 weights; 1 is a training that diverged, 75 means asked to stop, state saved. Anything else is a bug and
-    keeps its traceback."""
-    codes = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
+    3 data, 4 weights, 5 the machine (files that cannot be read or written, memory); 1 is a training that diverged, 75
+    means asked to stop, state saved. Anything else is a bug and keeps its traceback."""
     code: int | None
     try:
         code = run() or 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        code = next((codes[c.__name__] for c in type(error).__mro__ if c.__name__ in codes), None)
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        code, line = understood(error)
         if code is None:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        refuse(line)
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         sys.modules["torch"].distributed.destroy_process_group()
     sys.exit(code)
+
+
+def understood(error: Exception) -> tuple[int | None, str]:
+    """(exit code, what is wrong in one line) of an error that a user can mend; (None, ...) of a bug."""
+    kinds = [c.__name__ for c in type(error).__mro__]
+    code = next((CODES[kind] for kind in kinds if kind in CODES), None)
+    line = str(error)
+    if code is None and isinstance(error, OSError) and error.filename is not None:
+        code, line = MACHINE, f"{os.fsdecode(error.filename)}: {error.strerror}"
+    elif code is None and ("OutOfMemoryError" in kinds or "MemoryError" in kinds or "t allocate memory" in line):
+        code, line = MACHINE, "not enough memory: lower --batch or --size"
+    return code, "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
+
+
+def refuse(line: str) -> None:
+    """Say a refusal. Of the processes of torchrun the first speaks. The launcher prints a report of its own behind it
+    whatever a process does; its last line is what stands in the error file, so it is the refusal again."""
+    line = f"{program()}: {line}"
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    else:  # the launcher ends all processes when it finds one ended: let that be the one that has spoken
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()) - 1)}}
+        Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")

@@ -44,8 +44,9 @@ def batches(pictures: Sequence[Picture], batch: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str = "fp32") -> Tensor:
-    """One batch, uint8 (n, H, W, 3): at most `batch` pictures that `batches` has put together."""
+def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str = "fp32", **options: Any) -> Tensor:
+    """One batch, uint8 (n, H, W, 3): at most `batch` pictures that `batches` has put together. `options` are more of
+    what this system's `sample` takes."""
     padded = [*pictures, *[pictures[-1]] * (batch - len(pictures))]
     first, device = pictures[0], system.device
     noise = ImageNoise([p.seed for p in padded], [p.number for p in padded], device)
@@ -54,7 +55,7 @@ def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str 
         drawn = system.sample(
             [p.prompt for p in padded], noise, first.steps, first.guidance,
             negative_prompts=[p.negative for p in padded] if first.negative else None,
-            height=first.size, width=first.size,
+            height=first.size, width=first.size, **options,
         )  # fmt: skip
     return files.to_bytes(drawn[: len(pictures)])
 

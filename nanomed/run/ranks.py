@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanomed.run.flags import UsageError
+
 T = TypeVar("T")
 
 
@@ -49,6 +51,22 @@ class Ranks:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Every world-th item, beginning with the rank's own."""
         return items[self.rank :: self.world]
+
+    def divided(self, batch: int, accumulate: int, before: int) -> tuple[int, int]:
+        """(samples at a time, passes a step) of each process, for a run that began on `before` of them with these: as
+        many samples in a step, and the same ones. Passes stay whole where they can, and with them every number.
+
+        Raises UsageError, with the numbers of processes that would do, where the samples of a step cannot be shared.
+        """
+        passes, samples = accumulate * before, batch * accumulate * before
+        if passes % self.world == 0:
+            return batch, passes // self.world
+        if samples % self.world:
+            fit = ", ".join(str(count) for count in range(1, samples + 1) if samples % count == 0)
+            raise UsageError(f"{self.world} processes cannot share the {samples} samples of a step: start {fit}")
+        each = samples // self.world
+        passes = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= batch)
+        return each // passes, passes
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -32,17 +32,56 @@ from nanomed.run.ranks import Ranks
 CHECKPOINT = re.compile(r"^(?P<stage>\w+)-step-(?P<step>\d+)$")
 
 
+# Settings that decide which numbers come next; a model's own may be absent. MADE decide what the weights are, too.
+MADE = ("model", "rank", "adapter", "text_adapter", "lora")
+CONTENTS = ("data", "captions", "paraphrases")  # where the contents lie, whose hash is compared
+DECISIVE = (*MADE, "seed", "batch", "accumulate", "alpha", "released", "size", "valid", "views", "augment", *CONTENTS,
+            "strategy", "long_prompts", "join", "places", "places_first", "dropout")  # fmt: skip
+KEPT = ("world", "given")  # how the run began, and all the flags that were ever given
+PASSING = ("resume", "resume_anyway", "out", "dry_run")  # flags of a command, and not of the run
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether a folder is a run's."""
     return (Path(folder) / "config.json").is_file() and (Path(folder) / "state.json").is_file()
+
+
+def find(name: str, root: str | Path, model: str = "") -> Path:
+    """The run that --resume names: a folder, or "latest", the newest below `root`, of a model if one is given."""
+    if name != "latest":
+        if not is_run(name):
+            raise UsageError(f"--resume {name}: not a run folder")
+        return Path(name)
+    found = newest(root, model)
+    if found is None:
+        raise UsageError(f"--resume latest: no run {f'of {model} ' if model else ''}in {root}")
+    return found
+
+
+def settings(folder: str | Path) -> dict:
+    """What config.json says of a run."""
+    found = _read(Path(folder) / "config.json")
+    if "model" not in found:
+        raise UsageError(f"{Path(folder) / 'config.json'} is damaged: it names no model")
+    return found
+
+
+def stages_of(folder: str | Path) -> list[str]:
+    """The stages that a run has finished."""
+    if not is_run(folder):
+        raise UsageError(f"{folder}: not a run folder")
+    return list(_read(Path(folder) / "state.json").get("stages", []))
 
 
 def newest(root: str | Path, model: str = "", status: str = "") -> Path | None:
     """The newest run below `root`, of a model and with a status if these are given."""
     found = [folder for folder in Path(root).glob("*") if is_run(folder)]
     for folder in sorted(found, key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True):
-        config, state = _read(folder / "config.json"), _read(folder / "state.json")
-        if model in ("", config["model"]) and status in ("", state["status"]):
+        try:
+            config, state = _read(folder / "config.json"), _read(folder / "state.json")
+        except UsageError:  # damaged: it is not one to go on with
+            continue
+        if model in ("", config.get("model")) and status in ("", state.get("status")):
             return folder
     return None
 
@@ -51,12 +90,36 @@ def model_folder(run: str | Path) -> Path:
     """Where a run keeps its trained system."""
     folder = Path(run) / "model"
     if not (folder / "system.json").is_file():
-        raise FileNotFoundError(f"{run}: no stage that can be sampled is finished yet; go on with --resume {run}")
+        raise UsageError(f"{run}: no stage that can be sampled is finished yet; go on with train.py --resume {run}")
     return folder
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: no JSON object")
+    return found
+
+
+def compared(folder: Path, before: dict, config: dict, anyway: bool) -> tuple[dict, list[str]]:
+    """({setting: [old, new]} of all that differ, those of them that decide which numbers come next) of a run to go on
+    with. Raises UsageError, which names all of the latter, unless they may differ `anyway`."""
+    known = {name: value for name, value in config.items() if name in before and name not in (*PASSING, *KEPT)}
+    changed = {name: [before[name], value] for name, value in known.items() if before[name] != value}
+    decisive = [name for name in DECISIVE if name in changed]
+    if "contents" in before:
+        moved = [name for name in decisive if name in CONTENTS]
+        decisive = [name for name in decisive if name not in CONTENTS]
+        if "contents" in changed and not {"size", "valid", "seed", "strategy"} & {*decisive}:
+            decisive += moved or ["data"]
+    if refused := [name for name in decisive if not anyway or name in MADE]:
+        told = ", ".join(_difference(name, changed) for name in refused)
+        rest = "" if {*refused} & {*MADE} else ", or say --resume_anyway"
+        raise UsageError(f"--resume {folder}: {told}; it could not go on exactly. Give the old values{rest}")
+    return changed, decisive
 
 
 class Run:
@@ -64,12 +127,14 @@ class Run:
 
     def __init__(self, folder: Path, ranks: Ranks, tensorboard: bool = False):
         self.folder, self.ranks = Path(folder), ranks
-        self.state = _read(self.folder / "state.json")
-        self.board = _tensorboard(self.folder) if tensorboard and ranks.first else None
+        self.state = {"status": "", "stages": []} | _read(self.folder / "state.json")
+        self.board = _writer()(str(self.folder / "tensorboard")) if tensorboard and ranks.first else None
 
     @classmethod
     def create(cls, root: str | Path, config: dict, ranks: Ranks) -> "Run":
         """A fresh folder under `root`, named by time and model; all ranks get the same one."""
+        if config.get("tensorboard"):
+            _writer()
         folder = Path(root) / ranks.agree(time.strftime("%Y-%m-%d_%H%M%S") + f"-{config['model']}")
         if ranks.first:
             while folder.exists():
@@ -80,32 +145,61 @@ class Run:
         return cls(folder, ranks, config.get("tensorboard", False))
 
     @classmethod
-    def resume(cls, folder: str | Path, config: dict, ranks: Ranks) -> "Run":
-        """Go on with a run. Settings that decide which numbers come next must be the same."""
+    def resume(cls, folder: str | Path, config: dict, ranks: Ranks, anyway: bool = False) -> "Run":
+        """Go on with a run under `config`, whose changes are written down.
+
+        Settings that decide which numbers come next must be the same, or `anyway` be said. Another number of processes
+        is no change (`Ranks.divided`), nor is another place of the same images and prompts.
+        """
         folder = Path(folder)
-        if not is_run(folder):
-            raise UsageError(f"--resume {folder}: not a run folder")
-        before = _read(folder / "config.json")
-        decisive = (
-            *("model", "seed", "batch", "accumulate", "world", "rank", "alpha", "adapter", "lora"),
-            *("released", "text_adapter"),
-            *("data", "size", "valid", "views", "augment", "captions", "paraphrases", "strategy"),
-            *("join", "long_prompts"),
-            *("places", "places_first", "dropout"),
-        )
-        for name in decisive:
-            if name in config and name in before and before[name] != config[name]:  # a model's own flags may be absent
-                raise UsageError(
-                    f"--resume {folder}: {name} was {before.get(name)} and is {config.get(name)} now; it could not "
-                    f"go on exactly. Give the old value"
-                    + (f" (torchrun --nproc-per-node {before[name]})" if name == "world" else "")
-                )
+        before = settings(folder)
+        changed, decisive = compared(folder, before, config, anyway)
+        if config.get("tensorboard"):
+            _writer()
         if ranks.first:
             files.sweep(folder)
         ranks.barrier()
         run = cls(folder, ranks, config.get("tensorboard", False))
         run.update(status="running")
+        if changed or set(config.get("given", ())) != set(before.get("given", ())):
+            run._change(before, config, changed, decisive)
         return run
+
+    def _change(self, before: dict, config: dict, changed: dict, anyway: list[str]) -> None:
+        """Write changed settings into config.json, and what they were before and where they changed."""
+        stage, step = self.position()
+        now = {name: value for name, value in config.items() if name not in (*PASSING, "world")}
+        if changed:
+            note = {"stage": stage, "step": step, "changed": changed} | ({"anyway": anyway} if anyway else {})
+            now["changes"] = [*before.get("changes", []), note]
+            self.log(**note)
+        told = ", ".join(_difference(name, changed) for name in changed if name != "contents")
+        self.say(f"changed: {told}" if told else "")
+        if anyway:
+            self.say(f"going on anyway ({', '.join(anyway)}): from here on the numbers are not an undisturbed run's")
+        if self.ranks.first:
+            files.write_json(self.folder / "config.json", before | now)
+        self.ranks.barrier()
+
+    def position(self) -> tuple[str, int]:
+        """The stage and the step of the newest checkpoint; ("", 0) where there is none."""
+        found = list((self.folder / "checkpoints").glob("[!.]*-step-*/state.json"))
+        if not found:
+            return "", 0
+        last = CHECKPOINT.match(max(found, key=lambda path: path.stat().st_mtime).parent.name)
+        return last["stage"], int(last["step"])
+
+    def made(self, stage: str) -> int:
+        """The steps of a stage's newest checkpoint, 0 where there is none."""
+        found = self.checkpoints(stage)
+        return int(CHECKPOINT.match(found[-1].name)["step"]) if found else 0
+
+    def reopen(self, stage: str) -> None:
+        """Take a finished stage up again. What was drawn at the end of the run is put aside."""
+        if self.ranks.first and (self.folder / "test").is_dir():
+            os.replace(self.folder / "test", self.folder / f"test-before-{stage}-step-{self.made(stage):06d}")
+        self.ranks.barrier()
+        self.update(stages=[other for other in self.state["stages"] if other != stage])
 
     def begin_with(self, base: str | Path, stage: str, adapters: list[str]) -> None:
         """Take over the parts that another run has trained, but for the adapters (their folders) of the stage to come:
@@ -187,12 +281,13 @@ class Run:
         state = _read(folder / "state.json")
         for name, digest in state["sha256"].items():
             if files.sha256(folder / name) != digest:
-                raise ValueError(f"{folder / name} is damaged: remove the folder {folder} to go on from the one before")
+                raise UsageError(f"{folder / name} is damaged: remove the folder {folder} to go on from the one before")
         with torch.no_grad():
             for name, tensor in load_file(folder / "model.safetensors").items():
                 params[name].copy_(tensor)
-            if descent.average:
-                for name, tensor in load_file(folder / "ema.safetensors").items():
+            if descent.average:  # one that is new begins at the weights
+                averaged = folder / "ema.safetensors"
+                for name, tensor in load_file(averaged if averaged.is_file() else folder / "model.safetensors").items():
                     descent.average.average[name].copy_(tensor)
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)
@@ -233,12 +328,19 @@ class Run:
         self.update(status="done")
 
 
-def _tensorboard(folder: Path):
+def _writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter
+
+
+def _difference(name: str, changed: dict) -> str:
+    if name == "data" and name not in changed:
+        return "the contents of --data are others than they were"
+    was, now = ("nothing" if value == "" else value for value in changed[name])
+    return f"{name} was {was} and is {now} now"
 
 
 def environment() -> dict:
@@ -259,6 +361,13 @@ def environment() -> dict:
 def model_card(config: dict, results: dict) -> str:
     """README.md of a run: what it is, how it was made, what it is not for."""
     numbers = "\n".join(f"- {name}: {value}" for name, value in results.items()) or "- not evaluated"
+    changes = "".join(
+        f"\nFrom {change['stage']} step {change['step']:,} on: "
+        + ", ".join(_difference(name, change["changed"]) for name in change["changed"] if name != "contents")
+        + (" (**gone on anyway**: not the numbers of an undisturbed run)" if change.get("anyway") else "")
+        + ".\n"
+        for change in config.get("changes", [])
+    )
     return f"""---
 library_name: nanomed
 pipeline_tag: text-to-image
@@ -274,7 +383,7 @@ Draw from it: `python sample.py --model RUN --prompts prompts.csv`
 ## Training
 Every setting is in `config.json`, the curve in `log.jsonl`. Seed {config["seed"]}, batch {config.get("batch")} on
 {config.get("world", 1)} process(es).
-
+{changes}
 ## Results
 {numbers}
 """

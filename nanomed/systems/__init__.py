@@ -17,10 +17,17 @@ if TYPE_CHECKING:
 FILES = {  # preset -> file in this folder and class in it
     "msdm": "msdm.MSDM", "msdm-tiny": "msdm.MSDM", "msdm-tiny-64": "msdm.MSDM",
     "pixart": "pixart.PixArt",
-    "medart": "medart.MedArt", "medart-skin": "medart.MedArt", "medart-tiny": "medart.MedArt",
-    "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "kandinsky2_tiny.Kandinsky2Tiny",
+    "medart": "medart.MedArt", "medart-skin": "medart.MedArt",
+    "medart-tiny": "miniatures.medart.MedArtTiny",
+    "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "miniatures.kandinsky2.Kandinsky2Tiny",
+    "hunyuan": "hunyuan.Hunyuan", "hunyuan-tiny": "hunyuan.Hunyuan",
+    "dit-s8": "dit.ClassDiT", "dit-tiny": "dit.ClassDiT",
+    "sd14": "sd.StableDiffusion14", "sd15": "sd.StableDiffusion", "sdxl": "sdxl.SDXL",
+    "kandinsky3": "kandinsky3.Kandinsky3",
+    "sd-tiny": "miniatures.unets.SDTiny", "kandinsky3-tiny": "miniatures.unets.Kandinsky3Tiny",
 }  # fmt: skip
-PUBLISHED = ("pixart", "kandinsky2")  # presets that `load` also reads as they were published
+# Presets that `load` also reads as they were published.
+PUBLISHED = ("pixart", "kandinsky2", "hunyuan", "dit-s8", "sd14", "sd15", "sdxl", "kandinsky3")
 
 
 def _file(preset: str) -> ModuleType:
@@ -28,11 +35,11 @@ def _file(preset: str) -> ModuleType:
 
     if preset not in FILES:
         raise UsageError(f"--model {preset}: choose one of {', '.join(FILES)}")
-    return importlib.import_module(f"nanomed.systems.{FILES[preset].split('.')[0]}")
+    return importlib.import_module(f"nanomed.systems.{FILES[preset].rpartition('.')[0]}")
 
 
 def _class(preset: str) -> "type[System]":
-    return getattr(_file(preset), FILES[preset].split(".")[1])
+    return getattr(_file(preset), FILES[preset].rpartition(".")[2])
 
 
 def build(preset: str, weights: str | None = None, random: bool = False, **options) -> "System":
@@ -79,7 +86,10 @@ def load(
         system = _class(str(name)).published(weights, dtype)
     else:
         folder = runs.model_folder(name) if runs.is_run(name) else files.find(str(name), weights)
-        system = _class(read_config(folder)["system"]).saved(folder, weights, dtype)
+        said = read_config(folder)
+        # version 0.1 wrote "medart" for the miniature, too, which alone has a VAE of its own
+        name = "medart-tiny" if said["system"] == "medart" and "vae" in said else said["system"]
+        system = _class(name).saved(folder, weights, dtype)
     if lora:
         system.add_lora(lora)
     return system.to(device)

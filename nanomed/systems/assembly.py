@@ -310,5 +310,11 @@ def read_config(folder: str | Path) -> dict:
     """The `system.json` of a saved system."""
     path = Path(folder) / "system.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: this is not a folder that train.py has saved a system in")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise weights.WeightsNotFound(f"{path} is missing: this is not a folder that train.py has saved a system in")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "system" not in found:
+        raise weights.WeightsError(f"{path} is damaged: no JSON object that names a system")
+    return found

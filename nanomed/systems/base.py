@@ -16,18 +16,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanomed.adapters import formats, lora
+from nanomed.autoencoders.tiles import decode_tiles
+from nanomed.data.prompts import CLASSES, WORDS
+from nanomed.data.table import Table
+from nanomed.diffusion import samplers
+from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.run.pictures import Picture, batches, images, remembering
 from nanomed.systems.arithmetic import held
-from nanomed.systems.assembly import Assembled
+from nanomed.systems.assembly import Assembled, Found, read_config
 
 
 @dataclass
 class Reading:
     """options of models that learn to read from nothing"""
 
-    join: Annotated[int, ">= 1"] = 1  # up to this many prompts of an image in one, drawn anew every time
+    join: Annotated[int, "1 .. 1000"] = 1  # up to this many prompts of an image in one, drawn anew every time
     places: Annotated[float, "0 .. 1"] = 0.0  # share of samples whose prompt says where something is, beyond chance
     places_first: Annotated[int, ">= 0"] = 0  # steps at the start, in which that share is all of them
 
@@ -43,9 +48,11 @@ class System(Assembled):
     """A text-to-image system, in the latents of an autoencoder.
 
     size        the side of its images in pixels
+    unit        other sizes that it draws are multiples of it; 0: it draws no other
     dropout     the share of training prompts replaced by ""
     jitter      whether the random crops that it trains on have their colours changed, too
     pad         whether images that are not square get a black border, in place of being cropped
+    own_sampler whether it has one sampler, its paper's; else `sample` takes the name of another as `sampler`
     in_order    whether a stage builds on what the ones before it have trained
     latent_shape of the latents of its images, (C, h, w)
     text_shape  of a prompt's states, (L, D)
@@ -56,12 +63,17 @@ class System(Assembled):
     chunks      whether a text may be read in several pieces, whose states are joined
     pieces      how many, now
     autoencoder name of the part that makes latents of images and images of latents
+    columns     of a file of prompts, the first that is there
+    tile        larger images are decoded one by one in tiles of so many pixels a side; None: in one piece
+    text_adapter kind of the text encoders' adapters, where they have one; "": as the other parts'
     """
 
     size: int
+    unit: int = 0
     dropout: float = 0.0
     jitter: bool = True
     pad: bool = False
+    own_sampler: bool = True
     in_order: bool = True
     latent_shape: tuple[int, int, int]
     text_shape: tuple[int, int]
@@ -72,6 +84,9 @@ class System(Assembled):
     autoencoder: str = "vae"
     chunks: bool = False
     pieces: int = 1
+    columns: tuple[str, ...] = (*WORDS, *CLASSES)
+    text_adapter: str = ""
+    tile: int | None = None
 
     # ----------------------------------------------------------------------------------------------- the four verbs
 
@@ -87,6 +102,23 @@ class System(Assembled):
     def sample(self, prompts: list[str], noise, steps: int | None = None, guidance: float | None = None, **options):
         """Images (B, 3, H, W) in [0, 1]; every random number comes from `noise`, in drawing order."""
         raise NotImplementedError
+
+    def check(self, steps: int | None = None, size: int | None = None) -> None:
+        """Raise UsageError for a number of steps or a size that `sample` cannot draw: asked before a file is made."""
+        if size and size != self.size and (not self.unit or size % self.unit):
+            others = f" or a multiple of {self.unit}" if self.unit else ""
+            raise UsageError(f"--size {size}: {self.name} draws {self.size}{others}")
+        for diffusion in self.sampled():
+            try:
+                possible = not steps or len(set(diffusion.timesteps(steps))) == steps
+            except ValueError:
+                possible = False
+            if not possible:
+                raise UsageError(f"--steps {steps}: {self.name} draws in 1 to {diffusion.most_steps()} steps")
+
+    def sampled(self) -> tuple[Diffusion, ...]:
+        """The noise that `sample` removes in as many steps as it is told."""
+        return (self.diffusion,)
 
     # ------------------------------------------------------------------------------------------------- in a notebook
 
@@ -153,7 +185,7 @@ class System(Assembled):
         """Those of some prompts that are longer than what is read of one: {prompt: (its tokens, the words behind the
         last one that is read whole)}."""
         limit, distinct = getattr(self, "text_shape", (0, 0))[0], list(dict.fromkeys(prompts))
-        if not limit or not distinct:
+        if not limit or not distinct or "tokenizer" not in self.tokenizers:
             return {}
         found = {}
         for prompt, length in zip(distinct, self.lengths(distinct)):
@@ -221,14 +253,23 @@ class System(Assembled):
         if not self.uses_text(stage):
             return {}
         fields = {"image": ("vae", self.image_moments)}
-        if "text_encoder" not in self.stages[stage]:
-            fields["text"] = ("text_encoder", self.states)
+        readers = [part for part in self.parts if part.startswith("text_encoder")]
+        if readers and not {*readers} & {*self.stages[stage]}:
+            fields["text"] = (" ".join(readers), self.states)
         return fields
+
+    def cast(self, denoise: Denoise) -> Denoise:
+        """The network sees x in its own dtype, the sampler or the loss computes in that of x."""
+        return lambda x, t: denoise(x.to(self.dtype), t).to(x.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
-        part = self.get_submodule(self.autoencoder)
-        return part.decode(latents.to(self.weight(self.autoencoder))).float().to(self.device)
+        part, latents = self.get_submodule(self.autoencoder), latents.to(self.weight(self.autoencoder))
+        if self.tile:
+            factor = self.size // self.latent_shape[1]
+            if max(latents.shape[2:]) * factor > self.tile:
+                return decode_tiles(part.decode, latents, self.tile // factor, factor).float().to(self.device)
+        return part.decode(latents).float().to(self.device)
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""
@@ -243,6 +284,14 @@ class System(Assembled):
     def uses_text(self, stage: str) -> bool:
         """Whether a stage trains on (image, prompt) pairs and can be sampled; an autoencoder's sees images alone."""
         return stage != "vae"
+
+    def adopt(self, table: Table) -> Table:
+        """Learn from the data what must be known before training, as the names of its classes; returns what to train
+        on."""
+        return table
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises DataError for a prompt that `encode_text` could not read."""
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
@@ -265,12 +314,20 @@ class System(Assembled):
         return {"a step": step}
 
     def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
-        """Called once when a stage has ended, with batches of training images; returns what it measured."""
-        return {}
+        """Called once when a stage has ended, with batches of training images; returns what it measured. After that of
+        a KL autoencoder its latents are scaled to unit deviation."""
+        if stage != "vae":
+            return {}
+        deviation = self.vae.standardise(image_batches)
+        self.shapes["vae"]["scaling_factor"] = self.vae.scale
+        return {"latent_std": deviation}
 
     def resume(self, stage: str, folder: str | Path) -> None:
         """Take over what a finished stage left in `folder`: the parts it trained and what `finish` measured."""
         self.read_parts(folder, parts=self.stages[stage])
+        scale = (read_config(folder).get("vae") or {}).get("scaling_factor")
+        if stage == "vae" and scale:
+            self.vae.scale = self.shapes["vae"]["scaling_factor"] = scale
 
     def weight(self, part: str) -> Tensor:
         """A weight of a part, for `tensor.to`: where it lives, and its dtype."""
@@ -291,6 +348,39 @@ class System(Assembled):
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(self.device)
         return {name: tensor.to(self.device)[rows] for name, tensor in encode(distinct).items()}
 
+    # ------------------------------------------- for a denoiser of latents with `config` and `read_text` of a prompt
+
+    def read(self, text: Cond, height: int, width: int) -> Cond:
+        """What the denoiser is called with for images of a size in pixels, of what `encode_text` gives: all that is the
+        same in every step. Once for a prompt; differentiable."""
+        raise NotImplementedError
+
+    def conditions(
+        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
+    ) -> tuple[Cond, Cond]:
+        """The two conditions of guidance, for `guided` or hldf.py's `recomputed`: of the prompts, and of the negative
+        prompts (None: ""). They are read together, so that they are cut at the same length."""
+        negative = negative_prompts or [""] * len(prompts)
+        if len(negative) != len(prompts):
+            raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
+        both = self.read(self.encode_text([*negative, *prompts]), height, width)
+        null = {name: value[: len(prompts)] for name, value in both.items()}
+        return {name: value[len(prompts) :] for name, value in both.items()}, null
+
+    def noise_of(self, denoise: Denoise) -> Denoise:
+        """As many channels as latents have, which is the prediction; the rest is a variance that the sampler does not
+        use. The network sees x in its own dtype, the sampler computes in that of x."""
+        channels = self.latent_shape[0]
+        return lambda x, t: denoise(x.to(self.dtype), t)[:, :channels].to(x.dtype)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """(4, height / 8, width / 8) of a size in pixels."""
+        c = self.get_submodule(self.denoiser).config
+        factor = self.get_submodule(self.autoencoder).factor
+        if height % (factor * c.patch_size) or width % (factor * c.patch_size):
+            raise UsageError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
+        return c.in_channels, height // factor, width // factor
+
     # ------------------------------------------------------------------------------------------------------ training
 
     def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
@@ -299,7 +389,8 @@ class System(Assembled):
         for part in self.bare(stage):
             if part not in self.adapters:
                 raise UsageError(f"--rank {rank}: the {part} of stage {stage} has no layers named for adapters")
-            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], kind)
+            mine = self.text_adapter if self.text_adapter and part.startswith("text_encoder") else kind
+            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
 
     def bare(self, stage: str) -> list[str]:
         """The parts of a stage that have no adapter."""
@@ -327,3 +418,69 @@ class System(Assembled):
         for part in self.adapters:
             if lora.adapted(self.get_submodule(part)):
                 lora.fold(self.get_submodule(part))
+
+
+class Scheduled(System):
+    """A system with a `unet` that draws as its folder's `scheduler_config.json` says, or by another sampler on the
+    same noise.
+
+    scheduler  settings of noise and sampler, in the words of that file
+    guidance   on the standard scale, 1 = none
+    """
+
+    denoiser = "unet"
+    own_sampler = False
+
+    def __init__(
+        self,
+        found: Found,
+        *,
+        scheduler: dict,
+        steps: int,
+        guidance: float,
+        dropout: float = 0.0,
+        snr_gamma: float = 0.0,
+    ):
+        super().__init__(found)
+        self.scheduler = dict(scheduler)
+        self.diffusion, _ = samplers.chosen(self.scheduler, "scheduler")
+        self.steps, self.guidance, self.dropout, self.snr_gamma = steps, guidance, dropout, snr_gamma
+
+    @classmethod
+    def stated(cls, place: Callable[[str], Path]) -> dict:
+        return {"scheduler": samplers.read_scheduler(place("scheduler"))}
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of the latents of an image of a size in pixels."""
+        raise NotImplementedError
+
+    def conditions(
+        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
+    ) -> tuple[Cond, Cond]:
+        """The two conditions of guidance, as the U-Net takes them: of the prompts, and what it leads away from."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        prompts: list[str],
+        noise: samplers.Noise,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompts: list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str = "",
+    ) -> Tensor:
+        """Draw one image for each prompt: (B, 3, height, width) in [0, 1], of the size of `latent_size`.
+
+        `noise.randn` is asked for the initial latents, and by "ddpm" then once a step. `sampler` is one of
+        samplers.SAMPLERS in place of the scheduler's own.
+        """
+        if negative_prompts and len(negative_prompts) != len(prompts):
+            raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
+        height, width = height or self.size, width or self.size
+        diffusion, draw = samplers.chosen(self.scheduler, "scheduler", sampler)
+        x = noise.randn(*self.latent_size(height, width))
+        cond, null = self.conditions(prompts, negative_prompts, height, width)
+        denoise = self.cast(guided(self.unet, cond, null, self.guidance if guidance is None else guidance))
+        return self.to_unit(self.decode(draw(denoise, diffusion, x, steps or self.steps, noise)))

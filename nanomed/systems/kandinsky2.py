@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nanomed.adapters import lora
@@ -26,22 +25,19 @@ from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.diffusion.samplers import Noise
-from nanomed.run import files
 from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
 from nanomed.text import clip, clip_vision
-from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
-from nanomed.text.clip_vision import ClipVision, ClipVisionConfig, load_clip_vision, preprocess
+from nanomed.text.clip_vision import ClipVision, ClipVisionConfig
 from nanomed.text.tokenizers import ClipTokenizer
 
 PRIOR, DECODER = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"
 PRESETS = {"kandinsky2": dict(size=256)}
-RECIPES = {
-    "kandinsky2": {  # of the released scripts, and 100 epochs of each stage
-        "": dict(data="toy", augment=False, views=1, epochs=100.0, batch=64, lr=1e-4, clip=1.0, ema=0.0, rank=128),
-    },
-}
+RECIPES = {  # of the released scripts, and 100 epochs of each stage
+    "kandinsky2": {"": dict(data="toy", augment=False, views=1, epochs=100.0, batch=64, lr=1e-4, clip=1.0, ema=0.0,
+                            rank=128)},
+}  # fmt: skip
 # Their noise where no file says it: a squared cosine and x_0 within 10, a line and x_0 within 1.
 SCHEDULES = (
     Diffusion(schedule="squaredcos", prediction="sample", spacing="unclip", clip=10.0),
@@ -62,7 +58,7 @@ OPTIONS = (Options, Weighting)  # of train.py for these presets
 class Kandinsky2(System):
     """Prior, decoder U-Net, MoVQ and the two towers of a CLIP.
 
-    schedules   of the prior and of the decoder
+    schedules   of the prior and of the decoder; no setting, because they stand in the published files
     snr_gamma   min-SNR weighting of both losses; 0 = none
     released    train the prior as the released script does: on the decoder's noise schedule, with the weight of an
                 epsilon-prediction for what is an x_0-prediction
@@ -74,10 +70,10 @@ class Kandinsky2(System):
         "prior": Part(PriorTransformer, load_prior, source=PRIOR),
         "unet": Part(DecoderUNet, load_decoder, source=DECODER),
         "movq": Part(MoVQ, load_movq, source=DECODER),
-        "text_encoder": Part(lambda **c: ClipText(ClipTextConfig(**c) if c else clip.BIG_G, projection=True),
-                             partial(load_clip_text, projection=True), TRANSFORMERS, PRIOR),
+        "text_encoder": Part(lambda **c: clip.ClipText(clip.ClipTextConfig(**c) if c else clip.BIG_G, projection=True),
+                             partial(clip.load_clip_text, projection=True), TRANSFORMERS, PRIOR),
         "image_encoder": Part(lambda **c: ClipVision(ClipVisionConfig(**c) if c else clip_vision.BIG_G),
-                              load_clip_vision, TRANSFORMERS, PRIOR),
+                              clip_vision.load_clip_vision, TRANSFORMERS, PRIOR),
     }  # fmt: skip
     tokenizers = {"tokenizer": (ClipTokenizer.from_folder, PRIOR)}
     denoiser, autoencoder = "unet", "movq"
@@ -87,27 +83,19 @@ class Kandinsky2(System):
     trimmed = ("text_mask", "text_states")
     in_order = False
 
-    def __init__(
-        self,
-        found: Found,
-        schedules: tuple[Diffusion, Diffusion] = SCHEDULES,  # no setting: they stand in the published files
-        *,
-        size: int = 256,
-        steps: int = 150,
-        prior_steps: int = 25,
-        guidance: float = 4.0,
-        prior_guidance: float = 4.0,
-        snr_gamma: float = 5.0,
-        released: bool = False,
-        pad: bool = True,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, found: Found, schedules: tuple[Diffusion, Diffusion] = SCHEDULES, *, size: int = 256,
+                 steps: int = 150, prior_steps: int = 25, guidance: float = 4.0, prior_guidance: float = 4.0,
+                 snr_gamma: float = 5.0, released: bool = False, pad: bool = True, dropout: float = 0.0):  # fmt: skip
         super().__init__(found)
         self.size, self.steps, self.prior_steps, self.pad, self.dropout = size, steps, prior_steps, pad, dropout
         self.guidance, self.prior_guidance = guidance, prior_guidance
         self.snr_gamma, self.released = snr_gamma, released
         self.prior_diffusion, self.diffusion = schedules
         self.text_shape = self.prior.num_embeddings, self.prior.embedding_dim
+        self.unit = self.movq.factor**2
+        if size % self.unit:
+            raise UsageError(f"--size {size}: a multiple of {self.unit} for {self.name}")
+        self.latent_shape = (self.unet.in_channels, size // self.movq.factor, size // self.movq.factor)
 
     @classmethod
     def stated(cls, place: Callable[..., Path]) -> dict:
@@ -127,23 +115,12 @@ class Kandinsky2(System):
 
         return self.each_once(prompts, encode)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """CLIP image embeddings (B, E) of images (B, 3, H, W) in [-1, 1], preprocessed as CLIP has them."""
-        side = self.image_encoder.config.image_size
-        seen = [preprocess(Image.fromarray(array), side) for array in files.to_bytes(images / 2 + 0.5).numpy()]
-        return self.image_encoder(torch.stack(seen).to(self.image_encoder.visual_projection.weight))
-
-    def no_image(self) -> Tensor:
-        """The embedding (1, E) that stands for no condition: that of zeros behind CLIP's normalisation, a grey."""
-        weight, side = self.image_encoder.visual_projection.weight, self.image_encoder.config.image_size
-        return self.image_encoder(weight.new_zeros(1, 3, side, side)).to(self.device)
-
     # -------------------------------------------------------------------------------------------------- training
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         def encode(images: Tensor) -> dict[str, Tensor]:
             latents = {} if stage == "prior" else {"latents": self.movq.encode(images.to(self.weight("movq")))}
-            return latents | {"image_embeds": self.embed(images)}
+            return latents | {"image_embeds": self.image_encoder.embed(images)}
 
         if not self.uses_text(stage):
             return {}
@@ -171,7 +148,7 @@ class Kandinsky2(System):
             return {"loss": self.denoising_loss(predict, x0, says=self.prior_diffusion, noising=noising)}
         if "" in batch.get("prompt", ()):
             dropped = torch.tensor([prompt == "" for prompt in batch["prompt"]], device=embeds.device)
-            embeds = torch.where(dropped[:, None], self.no_image().float(), embeds)
+            embeds = torch.where(dropped[:, None], self.image_encoder.embed_nothing().to(embeds), embeds)
         predict = partial(self._predict, self.unet, {"image_embeds": embeds.to(self.dtype)})
         return {"loss": self.denoising_loss(predict, batch["latents"].float())}
 
@@ -187,31 +164,18 @@ class Kandinsky2(System):
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         if not self.uses_text(stage):
             return super().example(stage, batch, device)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(batch, *shape, device=device)
-
-        width, side = self.prior.embedding_dim, self.size // self.movq.factor
-        if stage == "decoder":
-            return {"image_embeds": draw(width), "latents": draw(self.unet.in_channels, side, side)}
-        states = draw(self.prior.num_embeddings, width)
-        text = {"text_states": states, "text_embeds": draw(width), "text_mask": states[..., 0] < 9}
-        return {"image_embeds": draw(width), **text}
+        width, length, side = self.prior.embedding_dim, self.prior.num_embeddings, self.size // self.movq.factor
+        shapes = {"image_embeds": (width,), "latents": (self.unet.in_channels, side, side)}
+        if stage == "prior":
+            shapes = {"image_embeds": (width,), "text_states": (length, width), "text_embeds": (width,)}
+        made = {name: torch.randn(batch, *shape, device=device) for name, shape in shapes.items()}
+        return made | ({"text_mask": torch.ones(batch, length, device=device) > 0} if stage == "prior" else {})
 
     # -------------------------------------------------------------------------------------------------- sampling
 
-    def sample(
-        self,
-        prompts: list[str],
-        noise: Noise,
-        steps: int | None = None,
-        guidance: float | None = None,
-        negative_prompts: list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        prior_steps: int | None = None,
-        prior_guidance: float | None = None,
-    ) -> Tensor:
+    def sample(self, prompts: list[str], noise: Noise, steps: int | None = None, guidance: float | None = None,
+               negative_prompts: list[str] | None = None, height: int | None = None, width: int | None = None,
+               prior_steps: int | None = None, prior_guidance: float | None = None) -> Tensor:  # fmt: skip
         """Draw one image for each prompt: (B, 3, height, width) in [0, 1], the sides rounded up to multiples of 64.
 
         `noise.randn` is asked by the prior for (1, E), or (2, E) with negative prompts, and then by the decoder for
@@ -223,14 +187,13 @@ class Kandinsky2(System):
         latents = self.draw(*embeds, noise, steps or self.steps, second, height or self.size, width or self.size)
         return self.to_unit(self.decode(latents))
 
-    def imagine(
-        self, prompts: list[str], noise: Noise, steps: int, guidance: float, negative_prompts: list[str] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def imagine(self, prompts: list[str], noise: Noise, steps: int, guidance: float,
+                negative_prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The prior: embeddings (B, E) of prompts, and those to guide away from: imagined too, or that of no image."""
-        pairs = list(zip(prompts, negative_prompts)) if negative_prompts else [(prompt,) for prompt in prompts]
-        each = len(pairs[0])
-        away = [pair[-1] if negative_prompts else "" for pair in pairs for _ in pair]
-        texts = [text for pair in pairs for text in pair]
+        texts, away, each = prompts, [""] * len(prompts), 1
+        if negative_prompts:  # every other row is of a negative prompt, and all are guided away from it
+            texts = [text for pair in zip(prompts, negative_prompts) for text in pair]
+            away, each = [text for text in negative_prompts for _ in range(2)], 2
         cond, null = shortest(self.encode_text(texts), self.encode_text(away))
         rows = guided(self.prior, cond, null, guidance)  # of (B each, E)
 
@@ -239,11 +202,11 @@ class Kandinsky2(System):
 
         x = noise.randn(each, self.prior.embedding_dim).to(self.dtype)
         embeds = self.prior.embedding(samplers.unclip(denoise, self.prior_diffusion, x, steps, noise))
-        return embeds[:, 0], embeds[:, 1] if negative_prompts else self.no_image().to(x.dtype).expand(len(prompts), -1)
+        nothing = self.image_encoder.embed_nothing().to(x).expand(len(x), -1)
+        return embeds[:, 0], embeds[:, 1] if negative_prompts else nothing
 
-    def draw(
-        self, embeds: Tensor, null: Tensor, noise: Noise, steps: int, guidance: float, height: int, width: int
-    ) -> Tensor:
+    def draw(self, embeds: Tensor, null: Tensor, noise: Noise, steps: int, guidance: float, height: int,
+             width: int) -> Tensor:  # fmt: skip
         """The decoder: latents (B, 4, h, w) of images that have the embeddings (B, E), guided away from `null`."""
         factor, channels = self.movq.factor, self.unet.in_channels
         height, width = (-(-side // factor**2) * factor for side in (height, width))

@@ -4,43 +4,25 @@ with HLDF, a loss on the colours of finished images.
     loss = |noise - predicted noise|^2                                    in every step (eq. 3, pixart.py)
          + 1/M [colours of an image drawn in M steps - colours of data]^2   in every N-th step (eq. 4 and 5, hldf.py)
 
-Stage "adapters" is the paper. `medart-tiny` has two stages before it that make what the paper finds published, an
-autoencoder and a base model, from scratch and from the same images, in minutes on a CPU.
+miniatures/medart.py makes what the paper finds published, an autoencoder and a base model, in minutes on a CPU.
 """
 
-import string
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanomed.adapters import lora
-from nanomed.data import grammar
 from nanomed.diffusion import hldf
-from nanomed.diffusion.process import Cond
 from nanomed.systems.arithmetic import held
-from nanomed.systems.assembly import Found, read_config
-from nanomed.systems.base import Reading, Weighting
+from nanomed.systems.assembly import Found
+from nanomed.systems.base import Weighting
 from nanomed.systems.pixart import PixArt
-from nanomed.text.unigram import T5Tokenizer, train_unigram
 
-TINY = dict(
-    transformer=dict(num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=8, num_layers=4,
-                     sample_size=8, patch_size=1, caption_channels=128, interpolation_scale=1.0),
-    text_encoder=dict(vocab_size=512, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
-    vae=dict(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8),
-    scheduler=dict(prediction_type="sample"),  # text takes hold sooner than with the noise: see msdm.py
-    length=64, steps=16, guidance=3.0, hldf_every=10, hldf_steps=8,
-)  # fmt: skip
 # What the constructor takes, and what train.py does with it. The released commands' numbers.
 PRESETS = {
     "medart": dict(hldf_every=500),  # Kvasir
     "medart-skin": dict(hldf_every=1500),  # eight kinds of skin lesions
-    "medart-tiny": TINY,
 }
 _RELEASED = {
     "": dict(batch=1, precision="bf16", rank=8, augment=True, views=4, valid=0.02, score_images=0),
@@ -49,14 +31,7 @@ _RELEASED = {
 RECIPES = {
     "medart": {**_RELEASED, "adapters": dict(**_RELEASED["adapters"], epochs=15)},
     "medart-skin": {**_RELEASED, "adapters": dict(**_RELEASED["adapters"], epochs=10)},
-    "medart-tiny": {
-        "": dict(data="toy:2000", augment=False, views=1),
-        "vae": dict(steps=900, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=450),
-        "base": dict(steps=1500, batch=32, lr=2e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, dropout=0.1,
-                     places=0.3, places_first=300, save_every=500),
-        "adapters": dict(steps=200, batch=8, lr=3e-4, weight_decay=1e-2, ema=0.0, clip=1.0, rank=8, save_every=100),
-    },
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -70,7 +45,7 @@ class Options:
     # --adapter; none: T5 is left alone
 
 
-OPTIONS = (Options, Weighting, Reading)  # of train.py for these presets
+OPTIONS = (Options, Weighting)  # of train.py for these presets
 
 
 class MedArt(PixArt):
@@ -105,13 +80,7 @@ class MedArt(PixArt):
         self.hldf_every, self.hldf_steps, self.hldf_last, self.hldf_keep = hldf_every, hldf_steps, hldf_last, hldf_keep
         self.hldf_channels, self.text_adapter = hldf_channels, text_adapter
         self.stages = {"adapters": ("transformer",) if text_adapter == "none" else ("transformer", "text_encoder")}
-        if self.shapes:
-            self.stages = {"vae": ("vae",), "base": ("transformer", "text_encoder")} | self.stages
         self.colour: Tensor | None = None  # the last colour loss, for the log
-
-    @classmethod
-    def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
-        return {"tokenizer": tiny_tokenizer(shapes.get("text_encoder", {}).get("vocab_size", 512))}
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -120,8 +89,6 @@ class MedArt(PixArt):
 
         `batch` is PixArt's. With cached "moments" comes "colours", and "prompt" is always there.
         """
-        if stage == "vae":
-            return self.reconstruction_loss(batch["image"])
         losses = super().forward(batch, stage, step)
         every = self.hldf_every if stage == "adapters" and torch.is_grad_enabled() else 0
         if every and step % every == 0:
@@ -150,18 +117,8 @@ class MedArt(PixArt):
         return super().image_moments(images) | {"colours": hldf.colours(images)}
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
-        colours = {} if stage == "vae" else {"colours": torch.rand(batch, 6, device=device)}
-        return super().example(stage, batch, device) | colours
+        return super().example(stage, batch, device) | {"colours": torch.rand(batch, 6, device=device)}
 
-    def adapt(self, stage: str, rank: int, alpha: float | None = None, kind: str = "lora") -> None:
-        for part in self.bare(stage):
-            mine = self.text_adapter or kind if part == "text_encoder" else kind
-            lora.inject(self.get_submodule(part), rank, alpha, self.adapters[part], mine)
-
-    def states(self, prompts: list[str]) -> Cond:
-        if self.shapes:  # what learns to read here learns it as it is asked in `encode_text`
-            prompts = [prompt.lower() for prompt in prompts]
-        return super().states(prompts)
 
     def activations(self, stage: str, batch: int) -> dict[str, float]:
         """In a step with HLDF the graph of the noise loss is there, those of the texts of both branches, and one of the
@@ -189,36 +146,3 @@ class MedArt(PixArt):
                                      kv=like(c.num_layers, 2, self.length, c.dim)),
             lambda: self.vae.decode(like(*self.latent_shape)),
         )  # fmt: skip
-
-    # --------------------------------------------------------------------------------- a base model from nothing
-
-    def reconstruction_loss(self, images: Tensor) -> dict[str, Tensor]:
-        """MSE and L1 of an autoencoder's images, and 1e-6 of the KL divergence of its latents (Rombach et al. 2022)."""
-        mean, logvar = self.vae.moments(images).chunk(2, dim=1)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        out = self.vae.decode(z * self.vae.scale)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
-        l1 = F.l1_loss(out, images)
-        return {"loss": F.mse_loss(out, images) + l1 + 1e-6 * kl, "l1": l1.detach(), "kl": kl.detach()}
-
-    def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
-        """After the autoencoder: measure the standard deviation of its latents and scale them to 1 from now on."""
-        if stage != "vae":
-            return {}
-        means = torch.cat([self.vae.moments(images).chunk(2, dim=1)[0] for images in image_batches])
-        deviation = means.double().std().item()
-        self._scale_latents(1 / deviation)
-        return {"latent_std": deviation}
-
-    def _scale_latents(self, factor: float) -> None:
-        self.vae.scale = self.shapes["vae"]["scaling_factor"] = factor
-
-    def resume(self, stage: str, folder: str | Path) -> None:
-        super().resume(stage, folder)
-        if stage == "vae":
-            self._scale_latents(read_config(folder)["vae"]["scaling_factor"])
-
-
-def tiny_tokenizer(pieces: int) -> T5Tokenizer:
-    """The words of the toy world's prompts in small letters, and every letter for other words."""
-    return train_unigram([*(prompt.lower() for prompt in grammar.all_prompts()), *string.printable], pieces - 100)

@@ -25,6 +25,7 @@ from nanomed.denoisers.msdm import MSDMUNet
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided, self_conditioned
 from nanomed.diffusion.process import Cond, Diffusion
+from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part, read_config
 from nanomed.systems.base import Reading, System, Weighting
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
@@ -93,28 +94,18 @@ class MSDM(System):
     chunks = True
     dropout = 0.2  # "context dropout", drawn for each sample by the data loader
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        size: int = 256,
-        text_length: int = 64,
-        latent_scale: float = 1.0,
-        self_conditioning: bool = True,
-        prediction: str = "epsilon",
-        sampler: str = "msdm",
-        steps: int = 150,
-        guidance: float = 4.5,
-        minmax: bool = False,
-        snr_gamma: float = 0.0,
-        loss: str = "l1",
-    ):
+    def __init__(self, found: Found, *, size: int = 256, text_length: int = 64, latent_scale: float = 1.0,
+                 self_conditioning: bool = True, prediction: str = "epsilon", sampler: str = "msdm", steps: int = 150,
+                 guidance: float = 4.5, minmax: bool = False, snr_gamma: float = 0.0, loss: str = "l1"):  # fmt: skip
         super().__init__(found)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
         self.size, self.sampler, self.steps, self.guidance, self.minmax = size, sampler, steps, guidance, minmax
         self.snr_gamma, self.loss, self.text_length, self.prediction = snr_gamma, loss, text_length, prediction
         self.self_conditioning, self.vae.scale = self_conditioning, latent_scale
+        self.unit = 4 << len(self.vae.encoders)
+        if size % self.unit:
+            raise UsageError(f"--size {size}: a multiple of {self.unit} for {self.name}")
         side = size >> len(self.vae.encoders)
         self.text_shape = text_length, self.text_encoder.config.hidden_size
         self.latent_shape = (self.vae.inc_dec.block_seq[0].conv_res.in_channels, side, side)
@@ -214,35 +205,30 @@ class MSDM(System):
 
     # ------------------------------------------------------------------------------------------------ sampling
 
-    def sample(
-        self,
-        prompts: list[str],
-        noise: samplers.Noise,
-        steps: int | None = None,
-        guidance: float | None = None,
-        negative_prompts: list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> Tensor:
+    def sample(self, prompts: list[str], noise: samplers.Noise, steps: int | None = None,
+               guidance: float | None = None, negative_prompts: list[str] | None = None, height: int | None = None,
+               width: int | None = None) -> Tensor:  # fmt: skip
         """Draw one image for each prompt: (B, 3, height, width) in [0, 1].
 
         `noise.randn` is asked for the initial latents and, by the stochastic sampler, once a step.
         """
         factor = 1 << len(self.vae.encoders)
         height, width = height or self.size, width or self.size
-        if height % (factor * 4) or width % (factor * 4):
-            raise ValueError(f"{height} x {width}: sides must be multiples of {factor * 4}")
+        if height % self.unit or width % self.unit:
+            raise ValueError(f"{height} x {width}: sides must be multiples of {self.unit}")
         cond = self.unet.read_text(**self.encode_text(prompts))
         null = self.unet.read_text(**self.encode_text(negative_prompts or [""] * len(prompts)))
         denoise = guided(self.unet, cond, null, self.guidance if guidance is None else guidance)
-        spacing, sampler = SAMPLERS[self.sampler]
-        diffusion = replace(self.diffusion, spacing=spacing)
+        sampler, (diffusion,) = SAMPLERS[self.sampler][1], self.sampled()
         if self.self_conditioning:
             denoise = self_conditioned(denoise, diffusion)
         eta = {"eta": 1.0} if self.sampler == "msdm" else {}
         x = noise.randn(self.latent_shape[0], height // factor, width // factor)
         x = sampler(denoise, diffusion, x.to(self.dtype), steps or self.steps, noise, **eta)
         return self.to_unit(self.decode(x))
+
+    def sampled(self) -> tuple[Diffusion, ...]:
+        return (replace(self.diffusion, spacing=SAMPLERS[self.sampler][0]),)
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Decoded images to [0, 1]."""

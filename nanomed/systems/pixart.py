@@ -27,7 +27,7 @@ from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
-from nanomed.systems.sizes import binned, cropped
+from nanomed.systems.sizes import SIDES, binned, cropped
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.weights import WeightsError
@@ -86,6 +86,7 @@ class PixArt(System):
         self.diffusion = Diffusion.from_settings({"_class_name": SOLVER} | self.scheduler, "scheduler")
         self.size = size or c.sample_size * self.vae.factor
         self.length, self.steps, self.guidance, self.snr_gamma = length, steps, guidance, snr_gamma
+        self.unit = 1 if c.sample_size in SIDES else self.vae.factor * c.patch_size
         self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (length, c.caption_channels)
 
     @classmethod
@@ -128,18 +129,6 @@ class PixArt(System):
             cond["resolution"] = torch.tensor([[float(height), float(width)]] * rows, device=mask.device)
             cond["aspect_ratio"] = torch.tensor([[height / width]] * rows, device=mask.device)
         return cond
-
-    def conditions(
-        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
-    ) -> tuple[Cond, Cond]:
-        """The two conditions of guidance, for `guided` or hldf.py's `recomputed`: of the prompts, and of the negative
-        prompts (None: ""). They are read together, so that they are cut at the same length."""
-        negative = negative_prompts or [""] * len(prompts)
-        if len(negative) != len(prompts):
-            raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
-        both = self.read(self.encode_text([*negative, *prompts]), height, width)
-        null = {name: value[: len(prompts)] for name, value in both.items()}
-        return {name: value[len(prompts) :] for name, value in both.items()}, null
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -185,19 +174,6 @@ class PixArt(System):
         """Latents from initial noise (B, 4, H, W), by DPM-Solver++ 2M. `denoise` is the transformer under guidance,
         with all its channels: `guided` or, to be differentiated in little memory, hldf.py's `recomputed`."""
         return samplers.dpmpp_2m(self.noise_of(denoise), self.diffusion, x, steps)
-
-    def noise_of(self, denoise: Denoise) -> Denoise:
-        """The first half of the channels, which is the noise; the rest is a variance that the samplers do not use. The
-        network sees x in its own dtype, the sampler computes in that of x."""
-        channels = self.latent_shape[0]
-        return lambda x, t: denoise(x.to(self.dtype), t)[:, :channels].to(x.dtype)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """(4, height / 8, width / 8) of a size in pixels."""
-        factor, c = self.vae.factor, self.transformer.config
-        if height % (factor * c.patch_size) or width % (factor * c.patch_size):
-            raise ValueError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
-        return c.in_channels, height // factor, width // factor
 
 
 def read_scheduler(folder: str | Path) -> dict:

@@ -186,6 +186,9 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+BARE = ("embeddings.", "encoder.", "final_layer_norm.")  # as transformers 5 writes a text model without projection
+
+
 def load_clip_text(
     path: str | Path, dtype: torch.dtype | None = None, projection: bool = False
 ) -> ClipText:
@@ -197,5 +200,8 @@ def load_clip_text(
     Raises WeightsError where a file is missing, damaged or of another encoder.
     """
     encoder = weights.build(ClipText, ClipTextConfig.from_json(path), projection)
-    prefix = "" if projection else "text_model."
-    return weights.load(encoder, weights.read(path, "model", prefix=prefix, dtype=dtype)).eval()
+    if projection:
+        return weights.load(encoder, weights.read(path, "model", dtype=dtype)).eval()
+    tensors = weights.read(path, "model", prefix=("text_model.", *BARE), dtype=dtype)
+    named = {f"text_model.{name}" if name.startswith(BARE) else name: tensor for name, tensor in tensors.items()}
+    return weights.load(encoder, named).eval()

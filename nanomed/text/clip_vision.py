@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nanomed import weights
+from nanomed.run import files
 from nanomed.text.clip import Encoder, initialise
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -110,6 +111,17 @@ class ClipVision(nn.Module):
         pooled = self.vision_model.post_layernorm(x[:, 0])
         embeds = self.visual_projection(pooled) if self.visual_projection is not None else None
         return ImageStates(x, penultimate, pooled, embeds)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """As `forward`, of images (B, 3, H, W) in [-1, 1], which it preprocesses."""
+        arrays = files.to_bytes(images / 2 + 0.5).numpy()
+        pixels = torch.stack([preprocess(Image.fromarray(array), self.config.image_size) for array in arrays])
+        return self(pixels.to(self.vision_model.embeddings.patch_embedding.weight))
+
+    def embed_nothing(self) -> Tensor:
+        """The embedding (1, projection_dim) of zeros behind CLIP's normalisation, a grey: Kandinsky's no condition."""
+        side = self.config.image_size
+        return self(self.vision_model.embeddings.patch_embedding.weight.new_zeros(1, 3, side, side))
 
 
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:

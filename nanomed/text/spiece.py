@@ -1,4 +1,5 @@
-"""The file format of sentencepiece's models, `spiece.model`: a protobuf message, read and written by hand.
+"""The files of T5's tokenizer: `spiece.model`, sentencepiece's protobuf message read and written by hand, and what
+lies beside it.
 
 It holds the pieces with their log-probabilities, and the table of characters by which text is normalised. The numbers
 of the fields are those of sentencepiece_model.proto (Kudo and Richardson 2018, github.com/google/sentencepiece).
@@ -10,9 +11,14 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from nanomed.weights import WeightsError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
+T = TypeVar("T")
 Piece = tuple[str, float, int]  # text, log-probability, kind
 
 
@@ -84,3 +90,21 @@ def write(pieces: Iterable[Piece], charsmap: bytes = b"") -> bytes:
 
     said = (field(1, text.encode()) + struct.pack("<BfBB", 0x15, score, 0x18, kind) for text, score, kind in pieces)
     return b"".join(field(1, piece) for piece in said) + field(3, field(2, charsmap))
+
+
+def read(path: Path, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of a file; WeightsError, naming the file, where it is damaged."""
+    try:
+        return parse(path.read_bytes())
+    except Exception as error:  # numbers, text, JSON, keys, types: whatever a damaged file leads to
+        reason = str(error).partition("\n")[0][:200]
+        raise WeightsError(f"{path}: not of a T5 tokenizer, or damaged ({type(error).__name__}: {reason})") from error
+
+
+def extra(content: bytes) -> dict[str, int] | int | None:
+    """What a tokenizer_config.json says about special tokens behind the pieces."""
+    config = json.loads(content)
+    count = config.get("extra_ids")
+    if count is not None and (type(count) is not int or not 0 <= count <= 10_000):
+        raise ValueError(f"extra_ids {count!r}")
+    return {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()} or count

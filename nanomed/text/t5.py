@@ -47,6 +47,8 @@ class T5Config:
         return weights.configured(cls, path, "a T5", unsaid)
 
 
+FLAN_UL2 = T5Config(d_kv=256, d_ff=16384, num_layers=32, num_heads=16, feed_forward_proj="gated-silu")  # Kandinsky 3
+
 def gelu(x: Tensor) -> Tensor:
     """The tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")

@@ -10,9 +10,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tokenizers import models, normalizers
@@ -24,7 +23,6 @@ from nanomed.text.spiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from nanomed.weights import WeightsError, WeightsNotFound
 
 PAD, END, UNK, SPACE = "<pad>", "</s>", "<unk>", "\u2581"
-T = TypeVar("T")
 
 
 class T5Tokenizer:
@@ -83,13 +81,13 @@ class T5Tokenizer:
         """
         folder, extra = Path(folder), None
         if (path := folder / "tokenizer_config.json").is_file():
-            extra = _read(path, _extra)
+            extra = spiece.read(path, spiece.extra)
         if (path := folder / "added_tokens.json").is_file():
-            extra = _read(path, lambda content: dict(json.loads(content))) or extra
+            extra = spiece.read(path, lambda content: dict(json.loads(content))) or extra
         if (path := folder / "spiece.model").is_file():
-            return _read(path, lambda content: cls(content, extra))
+            return spiece.read(path, lambda content: cls(content, extra))
         if (path := folder / "tokenizer.json").is_file():
-            return _read(path, lambda content: cls(spiece.from_json(content), extra))
+            return spiece.read(path, lambda content: cls(spiece.from_json(content), extra))
         raise WeightsNotFound(f"{folder}: neither spiece.model nor tokenizer.json is there")
 
     def __len__(self) -> int:
@@ -127,6 +125,12 @@ class T5Tokenizer:
             ids += [self.special[part]] if i % 2 else []
         return ids
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens left out."""
+        special = {self.pad_id, self.end_id, self._unknown, *self.special.values()}
+        words = (self.pieces[i][0] for i in ids if i < len(self.pieces) and i not in special)
+        return "".join(words).replace(SPACE, " ").removeprefix(" ")
+
     def normalize(self, text: str) -> str:
         """Text as the pieces spell it: characters mapped by the model's own table, spaces single and visible."""
         parts = self._kept.split(text) if self._charsmap else []  # text, symbol of the user's, text, ..., text
@@ -152,23 +156,6 @@ class T5Tokenizer:
         config = {"tokenizer_class": "T5Tokenizer", "eos_token": END, "unk_token": UNK, "pad_token": PAD}
         config |= {"extra_ids": len(extra), "additional_special_tokens": extra}
         files.write_json(Path(folder) / "tokenizer_config.json", config)
-
-
-def _read(path: Path, parse: Callable[[bytes], T]) -> T:
-    try:
-        return parse(path.read_bytes())
-    except Exception as error:  # numbers, text, JSON, keys, types: whatever a damaged file leads to
-        reason = str(error).partition("\n")[0][:200]
-        raise WeightsError(f"{path}: not of a T5 tokenizer, or damaged ({type(error).__name__}: {reason})") from error
-
-
-def _extra(content: bytes) -> dict[str, int] | int | None:
-    """What a tokenizer_config.json says about special tokens behind the pieces."""
-    config = json.loads(content)
-    count = config.get("extra_ids")
-    if count is not None and (type(count) is not int or not 0 <= count <= 10_000):
-        raise ValueError(f"extra_ids {count!r}")
-    return {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()} or count
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

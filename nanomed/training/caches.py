@@ -81,14 +81,14 @@ def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks
 
 
 def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) -> Columns:
-    part, encode = frozen
+    parts, encode = frozen
 
     @torch.inference_mode()
     def make(rows: list[int]) -> dict[str, Tensor]:
         return encode([prompts[i] for i in rows])
 
-    network = weights.fingerprint(system.get_submodule(part))
-    key = {"fields": f"{part} of prompts", "weights": network, "prompts": prompts}
+    networks = " ".join(weights.fingerprint(system.get_submodule(part)) for part in parts.split())
+    key = {"fields": f"{parts} of prompts", "weights": networks, "prompts": prompts}
     if system.pieces > 1:
         key["pieces"] = system.pieces
     return cached(cache, key, len(prompts), make, 32, ranks)

@@ -21,45 +21,61 @@ class Judge:
 
     That number is a Frechet distance between held-out images and images of fixed prompts and seeds where a feature
     network is at hand (`measure` says which), else the validation loss. `best` is {"step", "score", "by"} of the best
-    checkpoint so far.
+    checkpoint so far. Where no image is held out nothing is measured, and the last checkpoint is the best.
+
+    split   the training images and those held out
     """
 
-    def __init__(self, config, system, stage: str, run: Run, valid: Table, placement: Placement):
-        self.config, self.system, self.stage, self.run, self.valid = config, system, stage, run, valid
+    def __init__(self, config, system, stage: str, run: Run, split: tuple[Table, Table], placement: Placement):
+        self.config, self.system, self.stage, self.run = config, system, stage, run
+        train, self.valid = split
+        self.shown = self.valid if self.valid.rows else train  # whose prompts and images the grids show
         self.placement, self.ranks, self.device, self.best = placement, run.ranks, run.ranks.device, None
         self.draws = system.uses_text(stage)
         self.distance, self.measure = None, "validation loss"
-        if self.draws and config.score_images:
+        if self.draws and config.score_images and self.valid.rows:
             from nanomed.metrics.features import frechet_to
 
-            arrays = [pixels(row, system.size, 0, View(0), augment=False) for row in valid.rows]
+            arrays = [pixels(row, system.size, 0, View(0), augment=False) for row in self.valid.rows]
             self.distance, name = frechet_to(arrays, toy=config.data.startswith("toy"), folder=config.weights or None)
             self.measure = name or self.measure
         self.prompts = self._grid_prompts() if self.draws else []
-        run.say(f"stage {stage}: the best checkpoint is the one of the lowest {self.measure}")
+        if self.valid.rows:
+            run.say(f"stage {stage}: the best checkpoint is the one of the lowest {self.measure}")
+        else:
+            self.measure = "nothing"
+            run.say(f"stage {stage}: nothing is held out, so nothing is measured; the last checkpoint is kept")
 
     def _grid_prompts(self) -> list[str]:
         if self.config.grid_prompts:
             from nanomed.data.prompts import read_prompts
 
-            return read_prompts(self.config.grid_prompts)[: max(self.config.score_images, 16)]
-        pairs = [prompt for row in self.valid.rows for prompt in row.prompts]
+            return read_prompts(self.config.grid_prompts, self.system.columns)[: max(self.config.score_images, 16)]
+        pairs = [prompt for row in self.shown.rows for prompt in row.prompts]
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.config.seed))
         return [pairs[i] for i in order[: max(self.config.score_images, 16)].tolist()]
 
     def look(self, step: int, average: EMA | None) -> None:
         """Judge the averaged weights of a step, and remember it if there was no better one."""
         score = self.score(step, average)
-        if self.best is None or score < self.best["score"]:
+        if self.best is None or score is None or self.best["score"] is None or score < self.best["score"]:
             self.best = {"step": step, "score": score, "by": self.measure}
 
+    @property
+    def verdict(self) -> str:
+        """Which checkpoint is kept, and why, in words."""
+        if self.best["score"] is None:
+            return f"keeping step {self.best['step']}, the last: nothing was held out to choose by"
+        return f"keeping step {self.best['step']}, the lowest {self.measure} ({self.best['score']:.4f})"
+
     @torch.no_grad()
-    def score(self, step: int, average: EMA | None) -> float:
-        """Validate, draw the grid and return the score of the averaged weights; every rank gets the same number."""
+    def score(self, step: int, average: EMA | None) -> float | None:
+        """Validate, draw the grid and return the score of the averaged weights; every rank gets the same number. None
+        where nothing is held out."""
         with average.swapped() if average else nullcontext():
             self.system.eval()
             self.placement.whole()
-            loss = self._loss()
+            loss = self._loss() if self.valid.rows else None
             images = self._draw() if self.draws else self._reconstruct()
             if self.ranks.first and len(images):
                 name = f"{self.stage}-step-{step:06d}.png"
@@ -67,9 +83,10 @@ class Judge:
             score = self.distance(images) if self.distance else loss
         self.system.trainable(self.stage)
         self.placement.apart()
-        self.run.log(
-            stage=self.stage, step=step, valid_loss=round(loss, 6), score=round(score, 6), score_is=self.measure
-        )
+        if loss is not None:
+            self.run.log(
+                stage=self.stage, step=step, valid_loss=round(loss, 6), score=round(score, 6), score_is=self.measure
+            )
         return score
 
     def _loss(self) -> float:
@@ -100,8 +117,8 @@ class Judge:
         return self.ranks.gather(mine, len(self.prompts), batch)
 
     def _reconstruct(self) -> Tensor:
-        """Held-out images, each followed by what the autoencoder makes of it."""
-        images = next(images_of(self.valid, self.system.size, self.device, batch=8))
+        """Held-out images, or else training images, each followed by what the autoencoder makes of it."""
+        images = next(images_of(self.shown, self.system.size, self.device, batch=8))
         pairs = torch.stack([images, self.system.reconstruct(images)], dim=1).flatten(0, 1)
         return files.to_bytes(self.system.to_unit(pairs.float()))
 

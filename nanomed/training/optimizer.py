@@ -20,10 +20,12 @@ class Descent:
 
     PATIENCE = 3  # broken steps in a row
 
-    def __init__(self, params: dict[str, Tensor], weight_decay: float, average: float, fp16: bool):
+    def __init__(
+        self, params: dict[str, Tensor], weight_decay: float, average: float, fp16: bool, eps: float = 1e-8
+    ):
         self.params = params
         device = next(iter(params.values())).device
-        self.optimizer = adamw(params.values(), lr=0.0, weight_decay=weight_decay)
+        self.optimizer = adamw(params.values(), lr=0.0, weight_decay=weight_decay, eps=eps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.average = EMA(params, average) if average else None
         self.skipped = torch.zeros(3, device=device)  # steps: in all, in a row now, the most in a row since asked
@@ -74,7 +76,7 @@ class Descent:
         self.skipped = torch.tensor([float(state["skipped"]), 0.0, 0.0], device=self.skipped.device)
         if self.average:
             self.average.updates = state["ema_updates"]
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
 

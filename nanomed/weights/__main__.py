@@ -5,24 +5,29 @@
     python -m nanomed.weights verify    their SHA-256 against what the download recorded
 """
 
-import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from nanomed.run import files
+from nanomed.run import files, flags
 from nanomed.weights.header import WeightsError, WeightsNotFound, check_header
 from nanomed.weights.places import find
 from nanomed.weights.published import catalogue, digests
 from nanomed.weights.tensors import kept_inside, read_pickle
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m nanomed.weights", description="What, where, and whether whole.")
-    parser.add_argument("verb", choices=("list", "check", "verify"))
-    parser.add_argument("names", nargs="*", help="repositories or paths; default: all of the catalogue that is here")
-    parser.add_argument("--weights", help="a folder of weights, besides weights/ and the Hugging Face cache")
-    args = parser.parse_args(arguments)
+@dataclass
+class Config:
+    verb: Annotated[str, "list | check | verify"] = ""  # what to do
+    names: tuple[str, ...] = ()  # repositories or paths; none: all of the catalogue that is here
+    weights: str = ""  # a folder of weights, besides weights/ and the Hugging Face cache
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = flags.parse(Config, arguments, description=__doc__, words=("verb", "names"))
     say = sys.stdout.write
     here: dict[str, Path] = {}
     for name in args.names or [item.repo for item in catalogue()]:
@@ -62,4 +67,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    flags.main(main)

@@ -24,13 +24,13 @@ C = TypeVar("C")
 
 
 def read(
-    path: str | Path, stem: str | None = None, prefix: str = "", dtype: torch.dtype | None = None
+    path: str | Path, stem: str | None = None, prefix: str | tuple[str, ...] = "", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a folder that holds one file or shards; memory-mapped.
 
     stem     of the file in a folder: "diffusion_pytorch_model" or "model" (the default: whichever is there). The
              `.fp16.` variant is read where there is no plain file.
-    prefix   only names that begin with it; names stay whole
+    prefix   only names that begin with it, or with one of several; names stay whole
     dtype    convert floating-point tensors, one by one: little more than the result is ever in memory
 
     Raises WeightsError for a file that is missing, damaged or not a safetensors file, and for a prefix that no name

@@ -38,23 +38,26 @@ class BiomedClipVision(nn.Module):
         return self.proj(self.trunk.class_token(pixels))
 
 
-def of_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_open_clip(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The image tower's tensors of a whole model, by the names here."""
-    trunk = {name.removeprefix("visual.trunk."): t for name, t in tensors.items() if name.startswith("visual.trunk.")}
+    trunk = {name.removeprefix("visual.trunk."): t for name, t in whole.items() if name.startswith("visual.trunk.")}
     found = {f"trunk.{name}": tensor for name, tensor in renamed(trunk, NAMES).items()}
-    head = {name.replace("visual.head.", ""): t for name, t in tensors.items() if name.startswith("visual.head.")}
+    head = {name.replace("visual.head.", ""): t for name, t in whole.items() if name.startswith("visual.head.")}
     return found | head
+
+
+def tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Those of the whole published model, both towers."""
+    there = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
+    if not there:
+        raise WeightsNotFound(f"{folder} has no {' or '.join(FILES)}")
+    return weights.read(there[0]) if there[0].suffix == ".safetensors" else weights.read_pickle(there[0])
 
 
 def load(folder: str | Path, config: VitConfig = CONFIG) -> BiomedClipVision:
     """The published tower, ready to run: a folder with `open_clip_model.safetensors`, or the pickle of tensors. Raises
     WeightsError."""
-    there = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
-    if not there:
-        raise WeightsNotFound(f"{folder} has no {' or '.join(FILES)}")
-    file = there[0]
-    tensors = weights.read(file) if file.suffix == ".safetensors" else weights.read_pickle(file)
-    mine = {name: tensor.float() for name, tensor in of_open_clip(tensors).items()}
+    mine = {name: tensor.float() for name, tensor in of_open_clip(tensors(folder)).items()}
     width = len(mine["proj.weight"]) if "proj.weight" in mine else 512
     network = weights.build(BiomedClipVision, config, width)
     return weights.load(network, mine).requires_grad_(False).eval()

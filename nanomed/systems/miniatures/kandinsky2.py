@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanomed import weights
-from nanomed.autoencoders.movq import SpatialNorm
 from nanomed.systems import kandinsky2
 from nanomed.systems.assembly import Found
 from nanomed.systems.base import Reading
@@ -91,14 +90,10 @@ class Kandinsky2Tiny(Kandinsky2):
         the weights themselves. That changes no reconstruction."""
         if stage != "vae":
             return {}
-        seen = [(self.movq.encode(images), self.embed(images)) for images in image_batches]
+        seen = [(self.movq.encode(images), self.image_encoder.embed(images)) for images in image_batches]
         latents, embeds = (torch.cat(made) for made in zip(*seen))
         deviation = latents.std()
-        for tensor in (self.movq.quant_conv.weight, self.movq.quant_conv.bias):
-            tensor.div_(deviation)
-        readers = [m for m in self.movq.modules() if isinstance(m, SpatialNorm)]
-        for convolution in [self.movq.post_quant_conv, *(c for norm in readers for c in (norm.conv_y, norm.conv_b))]:
-            convolution.weight.mul_(deviation)
+        self.movq.divide_latents(deviation)
         projection, bias = (
             self.image_encoder.visual_projection.weight,
             self.image_encoder.vision_model.post_layernorm.bias,

@@ -1,0 +1,211 @@
+"""Captions by language models.
+
+python -m nanomed.captions vsg folder:DIR --out captions.csv --model llava-llama3 --modality endoscopy
+python -m nanomed.captions simplify captions.csv --model t5-large
+python -m nanomed.captions train --out weights/captioner-tiny
+
+`vsg` goes on where it was stopped, and under torchrun its processes share the images.
+"""
+
+import csv
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from tqdm import tqdm
+
+from nanomed import weights
+from nanomed.captions import t5, vsg
+from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
+from nanomed.run import files, flags
+from nanomed.run.flags import UsageError
+from nanomed.run.ranks import Ranks
+from nanomed.text.unigram import T5Tokenizer
+
+REPOSITORIES = {
+    "llava-llama3": "lmms-lab/llama3-llava-next-8b",  # what Med-Art's released code asked
+    "llava-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "tiny": "captioner-tiny",
+    "t5-large": "google-t5/t5-large", "t5-base": "google-t5/t5-base", "t5-small": "google-t5/t5-small",
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Vsg:
+    out: str = "captions.csv"  # the captions; what is known of every image lies beside it, in OUT.jsonl
+    model: str = "llava-llama3"  # llava-llama3, llava-mistral, tiny, or the folder of a model
+    modality: str = "endoscopy"  # endoscopy, skin, xray, fundus or microscopy
+    simplifier: str = ""  # T5 that shortens what is too long: t5-large (the paper's), a folder; empty: ask again
+    tokenizer: str = ""  # folder of T5's tokenizer that counts; empty: the simplifier's, PixArt's or t5-small's
+    count: Annotated[str, "t5 | captioner"] = "t5"  # whose tokens; the released code counts the captioner's
+    limit: Annotated[int, ">= 1"] = vsg.LIMIT  # tokens that a caption may have
+    attempts: Annotated[int, ">= 1"] = 10  # answers drawn for an image at most
+    batch: Annotated[int, ">= 1"] = 4  # images asked about together
+    precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the weights
+    int8: bool = False  # the language model in whole numbers, row by row: half of bf16's memory, near its answers
+    seed: int = 0  # of all the answers
+    review: bool = False  # also write OUT.html, image beside caption
+
+
+@dataclass
+class Simplify:
+    model: str = "t5-large"  # or a folder of a T5
+    out: str = ""  # empty: FILE.simplified.csv
+    limit: Annotated[int, ">= 1"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
+    batch: Annotated[int, ">= 1"] = 8  # captions at a time
+
+
+@dataclass
+class Train:
+    out: str = "weights/captioner-tiny"  # folder of the captioner
+    steps: Annotated[int, ">= 1"] = 500  # of the optimizer
+    batch: Annotated[int, ">= 1"] = 32  # scenes at a time
+    scenes: Annotated[int, ">= 1"] = 3000  # of the toy world
+    seed: int = 0  # of weights and batches
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    verbs = {"vsg": write_captions, "simplify": simplify, "train": train}
+    if not words or words[0] not in verbs:
+        if words and words[0] in ("-h", "--help"):
+            print(__doc__)
+            return 0
+        raise UsageError(f"say {', '.join(verbs)}; python -m nanomed.captions VERB --help tells more")
+    return verbs[words[0]](words[1:])
+
+
+def subject(words: list[str], what: str) -> tuple[str, list[str]]:
+    """The word that stands first, unless help is asked for."""
+    if words and words[0] in ("-h", "--help"):
+        return "", words
+    if not words or words[0].startswith("-"):
+        raise UsageError(f"{what} is to stand first")
+    return words[0], words[1:]
+
+
+@torch.inference_mode()
+def write_captions(words: list[str]) -> int:
+    spec, words = subject(words, "a data set such as folder:DIR")
+    config = flags.parse(Vsg, words, description="Captions of a data set's images.")
+    vsg.question(config.modality, "")
+    ranks = Ranks.join()
+    pictures = vsg.pictures(spec)
+    path = weights.find(REPOSITORIES.get(config.model, config.model))
+    shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
+    from nanomed.captions.models import load
+
+    model = load(path, DTYPES[config.precision], ranks.device, config.int8)
+    model.ask("")
+    own = config.count == "captioner" or (model.prompt and not config.tokenizer)  # a miniature brings no T5 along
+    count = model.count if own else _counter(config.tokenizer, shortener)
+    settings = dict(data=spec, model=config.model, modality=config.modality, simplifier=config.simplifier,
+                    count=config.count, limit=config.limit, attempts=config.attempts, precision=config.precision,
+                    int8=config.int8, seed=config.seed)  # fmt: skip
+    journal = vsg.Journal(config.out, settings)
+
+    def rules(opening: str, features: str) -> vsg.Rules:
+        return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
+
+    done = journal.results()
+    todo = [picture for picture in ranks.share(pictures) if picture.name not in done]
+    bar = tqdm(total=len(todo), unit="image", disable=None if ranks.first else True)
+    for start in range(0, len(todo), config.batch):
+        batch = list(todo[start : start + config.batch])
+        for result in vsg.caption(model, batch, config.modality, rules, config.attempts, config.seed):
+            journal.append(result)
+            bar.update()
+    bar.close()
+    ranks.barrier()
+    if ranks.first:
+        journal.write_csv()
+        found = journal.results()
+        results = [found[picture.name] for picture in pictures if picture.name in found]
+        print(vsg.statistics(results))
+        if config.review:
+            from nanomed.captions.review import page
+
+            out = Path(config.out)
+            files.write_text(out.with_name(out.name + ".html"), page(results, pictures, out))
+    return 0
+
+
+def _t5(name: str, device: torch.device) -> t5.Shortener:
+    return t5.load(REPOSITORIES.get(name, name), device=device)
+
+
+def _counter(folder: str, shortener: t5.Shortener | None):
+    """Counts T5's tokens, the end included."""
+    if shortener and not folder:
+        return lambda text: shortener.tokenizer.lengths([text])[0]
+    places = [folder] if folder else TOKENIZERS
+    for place in places:
+        try:
+            found = weights.find(place)
+        except weights.WeightsNotFound:
+            continue
+        tokenizer = T5Tokenizer.from_folder(found / "tokenizer" if (found / "tokenizer").is_dir() else found)
+        return lambda text: tokenizer.lengths([text])[0]
+    raise UsageError(f"no T5 tokenizer in {', '.join(places)}, to count a caption's tokens: say --tokenizer FOLDER, or "
+                     f"--count captioner")  # fmt: skip
+
+
+TOKENIZERS = ("PixArt-alpha/PixArt-XL-2-512x512", "google-t5/t5-large", "google-t5/t5-small")
+
+
+def _shorten(shortener: t5.Shortener, limit: int):
+    """Med-Art's call: four beams, 90 to 120 tokens (three quarters of the limit, and the limit)."""
+    return lambda text: shortener.generate([f"simplify: {text}"], beams=4, min_length=limit * 3 // 4,
+                                           max_length=limit, early_stopping=True)[0]  # fmt: skip
+
+
+@torch.inference_mode()
+def simplify(words: list[str]) -> int:
+    name, words = subject(words, "a CSV file with captions")
+    config = flags.parse(Simplify, words, description="Captions shortened by a T5.")
+    path = Path(name)
+    records = read_csv(path)
+    text = column(records[0][1], TEXT_COLUMNS) if records else None
+    if text is None:
+        raise DataError(f"{path}: no rows with a column {' or '.join(TEXT_COLUMNS[:2])}")
+    shortener = _t5(config.model, Ranks.join().device)
+    lengths = shortener.tokenizer.lengths([record[text] for _, record in records])
+    long = [i for i, length in enumerate(lengths) if length > config.limit]
+    for start in tqdm(range(0, len(long), config.batch), unit="batch", disable=None):
+        rows = long[start : start + config.batch]
+        asked = [f"simplify: {records[i][1][text]}" for i in rows]
+        short = shortener.generate(asked, beams=4, min_length=config.limit * 3 // 4, max_length=config.limit,
+                                   early_stopping=True)  # fmt: skip
+        for i, written in zip(rows, short):
+            records[i][1][text] = written
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(records[0][1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record for _, record in records)
+    target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
+    files.write_text(target, out.getvalue())
+    print(f"{target}: {len(long):,} of {len(records):,} captions shortened")
+    return 0
+
+
+def train(words: list[str]) -> int:
+    config = flags.parse(Train, words, description="A captioner in miniature, trained on the toy world.")
+    from nanomed.captions import tiny
+
+    def bar(steps):
+        return tqdm(steps, unit="step", disable=None)
+
+    model = tiny.train(config.steps, config.batch, config.scenes, seed=config.seed, progress=bar)
+    tiny.save(model, config.out)
+    with torch.inference_mode():
+        right, same = tiny.accuracy(model)
+    print(f"{config.out}: {right:.1%} of the attributes that it names are right, {same:.1%} of the captions are exact")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.main(main)

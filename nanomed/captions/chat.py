@@ -1,0 +1,59 @@
+"""How each family of language models wants to be asked: the chat templates of their published files, as functions.
+
+A conversation is what the user and the assistant say in turn, the user first and last; what comes back ends where the
+assistant is to go on. The mark that a tokenizer puts before every text (`<|begin_of_text|>`, `<s>`, `<bos>`) is left to
+it, but for `llava_llama3`: LLaVA's own template says it, and its tokenizer may put another before it.
+"""
+
+from collections.abc import Callable, Sequence
+
+LLAVA_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+def llama3(turns: Sequence[str], system: str = "") -> str:
+    """Llama 3 Instruct."""
+    said = [("system", system)] if system else []
+    said += [(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    text = "".join(f"<|start_header_id|>{who}<|end_header_id|>\n\n{text.strip()}<|eot_id|>" for who, text in said)
+    return f"{text}<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def mistral(turns: Sequence[str], system: str = "") -> str:
+    """Mistral Instruct v0.1 and v0.2, which know no system: what it would say stands before the first question."""
+    turns = [f"{system}\n\n{turns[0]}", *turns[1:]] if system else turns
+    return "".join(f"{text}</s>" if i % 2 else f"[INST] {text} [/INST]" for i, text in enumerate(turns))
+
+
+def qwen2(turns: Sequence[str], system: str = QWEN_SYSTEM) -> str:
+    """Qwen 2.5 Instruct."""
+    said = [("system", system), *((("user", "assistant")[i % 2], text) for i, text in enumerate(turns))]
+    return "".join(f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in said) + "<|im_start|>assistant\n"
+
+
+def gemma2(turns: Sequence[str], system: str = "") -> str:
+    """Gemma 2 Instruct, which knows no system: what it would say stands before the first question."""
+    turns = [f"{system}\n\n{turns[0]}", *turns[1:]] if system else turns
+    said = ((("user", "model")[i % 2], text.strip()) for i, text in enumerate(turns))
+    return "".join(f"<start_of_turn>{who}\n{text}<end_of_turn>\n" for who, text in said) + "<start_of_turn>model\n"
+
+
+def llava_llama3(question: str) -> str:
+    """LLaVA's `llava_llama_3`, with the image before the question: what Med-Art asked `llama3-llava-next-8b`."""
+    return "<|begin_of_text|>" + llama3([f"<image>\n{question}"], LLAVA_SYSTEM)
+
+
+def llava_llama3_hf(question: str) -> str:
+    """The same for transformers' layout, whose tokenizer says the mark."""
+    return llama3([f"<image>\n{question}"], LLAVA_SYSTEM)
+
+
+def llava_mistral(question: str) -> str:
+    """LLaVA's `mistral_instruct`, and transformers' template of llava-v1.6-mistral."""
+    return mistral([f"<image>\n{question}"])
+
+
+PLAIN: dict[str, Callable[..., str]] = {"llama": llama3, "mistral": mistral, "qwen2": qwen2, "gemma2": gemma2}

@@ -1,0 +1,200 @@
+"""A folder to something that writes: the network that its `config.json` names, its tokenizer, its special tokens.
+
+    model = load("weights/lmms-lab/llama3-llava-next-8b", dtype=torch.bfloat16, device="cuda")
+    model.generate([image], [chat.llava_llama3("What is seen?")], max_new_tokens=150)   # a list of strings
+
+LLaVA-NeXT (llava.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2 (decoder.py). The text is the whole prompt
+as the model reads it, with `<image>` in the image's place; chat.py makes such prompts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from nanomed import weights
+from nanomed.captions import chat
+from nanomed.captions.decoder import Decoder, load_decoder
+from nanomed.captions.generation import generate
+from nanomed.captions.llava import LlavaNext, load_llava
+from nanomed.run.randomness import seed_of
+from nanomed.weights import WeightsError
+
+IMAGE = "<image>"
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")  # Llama 3, Qwen, Gemma: some configurations forget theirs
+
+
+class Model:
+    """A network with its tokenizer; `see` of the network, where it has one, is what makes it look at images."""
+
+    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = ""):
+        self.network, self.tokenizer, self.ends = network, tokenizer, tuple(ends)
+        self.prompt = prompt  # the only one that it knows, where it was trained on one
+        self.writer: Decoder = getattr(network, "language_model", network)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def ask(self, question: str) -> str:
+        """The prompt that asks a question about an image, in the conversation that this model was trained on."""
+        if self.prompt:
+            return self.prompt
+        if not isinstance(self.network, LlavaNext):
+            raise WeightsError("this model reads text alone, so it cannot be asked about an image")
+        if self.network.config.text.model_type == "mistral":
+            return chat.llava_mistral(question)
+        own = self.network.config.image_token is None
+        return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
+
+    def logits(self, image: Image.Image | None, text: str) -> Tensor:
+        """What follows each place of the prompt, (1, L, vocabulary); the image stands in many places."""
+        embedded, mask = self.read([image], [text])
+        return self.writer(embedded, mask)
+
+    def generate(
+        self, images: Sequence[Image.Image | None] | None, texts: Sequence[str], max_new_tokens: int = 150,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, keys: Sequence | None = None,
+    ) -> list[str]:  # fmt: skip
+        """What the model writes after each prompt, without special tokens.
+
+        temperature   0 takes the likeliest token; else tokens are drawn, from the top_k likeliest (0: all), of which
+                      the likeliest that together have probability top_p
+        keys          a tuple of words and numbers for each text (its image, its attempt; default: its row). With
+                      `seed` it makes the text's random numbers, so the others of the batch change nothing
+        """
+        embedded, mask = self.read(images or [None] * len(texts), texts)
+        keys = keys if keys is not None else [(i,) for i in range(len(texts))]
+        draws = [torch.Generator().manual_seed(seed_of("caption", seed, *key)) for key in keys]
+
+        def uniform(step: int) -> Tensor:
+            return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws]).to(self.device)
+
+        padding = self.ends[0] if self.ends else 0
+        new = generate(self.writer, embedded, mask, max_new_tokens, self.ends, temperature, top_k, top_p, uniform,
+                       padding)  # fmt: skip
+        return [self.tokenizer.decode(self._until_end(row)) for row in new.tolist()]
+
+    def read(self, images: Sequence[Image.Image | None], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts with their images -> embeddings (B, L, D) and mask bool (B, L), padded on the left."""
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images for {len(texts)} texts")
+        given = [image.convert("RGB") for image in images if image is not None]
+        seen = iter(())
+        if given:
+            if not isinstance(self.network, LlavaNext):
+                raise ValueError("this model reads text alone, and was given an image")
+            pixels = [self.network.tiles.cut(image).to(self.device) for image in given]
+            seen = iter(self.network.see(pixels, [image.size for image in given]))
+        rows = []
+        for image, text in zip(images, texts):
+            parts = self.pieces(text)
+            if len(parts) - 1 != (image is not None):
+                raise ValueError(f"a prompt with {len(parts) - 1} {IMAGE} for {int(image is not None)} image: {text!r}")
+            embedded = [self.writer.embed(torch.tensor(ids, dtype=torch.long, device=self.device)) for ids in parts]
+            rows.append(torch.cat([embedded[0], next(seen), embedded[1]]) if image is not None else embedded[0])
+        length = max(len(row) for row in rows)
+        mask = torch.tensor([[place >= length - len(row) for place in range(length)] for row in rows])
+        padded = [torch.cat([row.new_zeros(length - len(row), row.shape[1]), row]) for row in rows]
+        return torch.stack(padded), mask.to(self.device)
+
+    def pieces(self, text: str) -> list[list[int]]:
+        """The tokens before `<image>` and those behind it; of a text without, all of them.
+
+        Where `<image>` is a token, the text is tokenized whole (`-hf`). Else its parts are, one by one, and the mark at
+        the beginning that a tokenizer puts before each of them is kept once (LLaVA's own code). A prompt that says that
+        mark itself has it twice then, as there.
+        """
+        token = self.network.config.image_token if isinstance(self.network, LlavaNext) else None
+        if token is not None:
+            ids = self.tokenizer.encode(text).ids
+            at = [i for i, found in enumerate(ids) if found == token]
+            return [ids[a + 1 : b] for a, b in zip([-1, *at], [*at, len(ids)])]
+        parts = text.split(IMAGE) if isinstance(self.network, LlavaNext) else [text]
+        first, *others = [self.tokenizer.encode(part).ids for part in parts]
+        added = self.tokenizer.encode("").ids[:1]  # the mark, where this tokenizer has one
+        return [first, *(ids[len(added) :] for ids in others)]
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, without those that stand around it."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
+
+
+class Int8Linear(nn.Module):
+    """A product with a matrix of whole numbers, each row with its own scale: half of bfloat16's memory.
+
+    The largest of a row becomes 127, so a weight is off by half a step, 1/254 of it, at most.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        self.register_buffer("weight", (linear.weight.float() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def to_int8(decoder: Decoder) -> None:
+    """Put every product inside the layers of a decoder into whole numbers; embedding and head stay as they are."""
+    for layer in decoder.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, Int8Linear(linear))
+
+
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False
+) -> Model:
+    """The model of a folder, or of a repository that `weights.find` finds: its family is told by `config.json`.
+
+    dtype   convert to it while reading; None keeps the file's
+    int8    keep the language model's products in whole numbers, row by row: 8 billion weights in 10 GB
+
+    Raises WeightsError. Its parameters do not train.
+    """
+    path = weights.find(path)
+    said = weights.settings(path, "a language model")
+    llava = said.get("model_type", "").startswith("llava")
+    network = load_llava(path, dtype) if llava else load_decoder(path, dtype)
+    if int8:
+        to_int8(getattr(network, "language_model", network))
+    tokenizer = read_tokenizer(path)
+    ends = ends_of(path, said, tokenizer)
+    return Model(network.requires_grad_(False).to(device), tokenizer, ends, said.get("prompt", ""))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder's `tokenizer.json`. Raises WeightsError."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing: a language model needs it")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # of tokenizers, which knows no other
+        raise WeightsError(f"{file}: not a tokenizer ({str(error).partition(chr(10))[0]})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def ends_of(path: Path, said: dict, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text: those of `generation_config.json`, else of `config.json`, and the mark that ends a
+    turn where the tokenizer has one."""
+    stated = None
+    if (path / "generation_config.json").is_file():
+        stated = weights.settings(path / "generation_config.json", "how a model writes").get("eos_token_id")
+    if stated is None:
+        stated = said.get("eos_token_id", said.get("text_config", {}).get("eos_token_id"))
+    ends = stated if isinstance(stated, list) else [stated]
+    ends = [*ends, *(tokenizer.token_to_id(word) for word in TURN_ENDS)]
+    return list(dict.fromkeys(int(token) for token in ends if token is not None))

@@ -1,0 +1,168 @@
+"""A LLaVA-NeXT in miniature that learns from nothing to say what the toy world shows, in minutes on two cores.
+
+    python -m nanomed.captions train --out weights/captioner-tiny
+    python -m nanomed.captions vsg toy:200 --model weights/captioner-tiny --out captions.csv
+
+The network is that of llava.py, saved in the layout of `-hf`: any code here takes it for a published one. Its tower
+looks at 48 pixels in patches of 16, so that a patch of the whole image is one of the nine cells that the organisers'
+prompts speak of, and at four tiles of the image at 96.
+
+A caption says how many polyps there are, of which colour and in which cell, the box and the instrument; `claims` reads
+it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import decoders as joiners
+from torch import Tensor
+
+from nanomed.captions.decoder import DecoderConfig
+from nanomed.captions.llava import LlavaConfig, LlavaNext
+from nanomed.captions.models import Model
+from nanomed.captions.tiles import Tiles
+from nanomed.data import grammar, toy
+from nanomed.run import files
+from nanomed.text.clip_vision import ClipVisionConfig
+
+SIDE = 96  # of the images it learns from
+OPENING = "An endoscopic image"
+NUMBERS = ("no polyps", "one polyp", "two polyps", "three polyps")
+PROMPT = "<image>describe:"
+MARKS = ("<s>", "</s>", "<image>")
+HELD_OUT = 10_000_000  # scenes from here on are for judging
+
+
+def describe(scene: toy.Scene) -> str:
+    """The caption that a scene deserves."""
+    polyps = [f"a {polyp.color} one in the {polyp.cell}" for polyp in scene.polyps]
+    text = f"{OPENING} with {NUMBERS[len(polyps)]}"
+    text += f": {', '.join(polyps)}." if polyps else "."
+    text += f" There is a {scene.box} box artefact." if scene.box else " There is no box artefact."
+    return text + (" There is an instrument." if scene.instrument else " There is no instrument.")
+
+
+def claims(caption: str) -> list[str]:
+    """What a caption says, as prompts of the organisers' grammar; what it does not say is not among them."""
+    said = []
+    for number, words in enumerate(NUMBERS):
+        if re.search(rf"\b{words}\b", caption):
+            said.append(grammar.count("polyp", number))
+    cells = re.findall(r"one in the (\S+?)[,.](?=\s|$)", caption)
+    if cells and set(cells) <= set(grammar.CELLS):
+        said.append(grammar.located("abnormality", cells))
+    if match := re.search(r"There is (a|no)\b[^.]*\bbox artefact", caption):
+        said.append(grammar.not_containing(grammar.BOX) if match[1] == "no" else grammar.containing(grammar.BOX))
+    if match := re.search(r"There is (an|no) instrument", caption):
+        said.append(grammar.count("instrument", int(match[1] == "an")))
+    return said
+
+
+def judged(image: np.ndarray, caption: str) -> tuple[int, int]:
+    """(attributes that a caption names rightly, attributes that it names), by the deterministic reader."""
+    pairs = [toy.faithful(image, prompt) for prompt in claims(caption)]
+    return sum(right for right, _ in pairs), sum(named for _, named in pairs)
+
+
+def tokenizer() -> Tokenizer:
+    """Words and signs of all captions, spaces before words included."""
+    cells = [f"one in the {cell}" for cell in grammar.CELLS]
+    texts = [OPENING, "describe:", *NUMBERS, *toy.POLYP_COLORS, *cells, "There is a green black box artefact. ",
+             "There is an instrument, no with: a"]  # fmt: skip
+    split = pre_tokenizers.Split(Regex(r" ?[\w-]+|\S| "), behavior="isolated")
+    words = {word for text in texts for start in ("", " ") for word, _ in split.pre_tokenize_str(start + text)}
+    vocabulary = [*MARKS, "<unk>", *sorted(words)]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = split, joiners.Fuse()
+    made.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
+    return made
+
+
+def build() -> Model:
+    """The untrained captioner."""
+    made = tokenizer()
+    text = DecoderConfig(vocab_size=made.get_vocab_size(), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=10000.0)  # fmt: skip
+    vision = ClipVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3,
+                              image_size=SIDE // 2, patch_size=16, projection_dim=96)  # fmt: skip
+    config = LlavaConfig(text, vision, MARKS.index("<image>"), layer=-1)
+    tiles = Tiles(vision.image_size, vision.patch_size, ((SIDE, SIDE),))
+    return Model(LlavaNext(config, tiles), made, [MARKS.index("</s>")], PROMPT)
+
+
+def save(model: Model, folder: str | Path) -> None:
+    """Write the folder that `nanomed.captions.load` reads, in the layout of `-hf`."""
+    folder, c = Path(folder), model.network.config
+    tiles = model.network.tiles
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(folder / "model.safetensors", model.network.state_dict())
+    with files.atomic(folder / "tokenizer.json") as temporary:
+        model.tokenizer.save(str(temporary))
+    sides = {"height": tiles.side, "width": tiles.side}
+    files.write_json(folder / "preprocessor_config.json", {
+        "image_grid_pinpoints": tiles.grids, "crop_size": sides, "size": {"shortest_edge": tiles.side},
+        "image_mean": tiles.mean, "image_std": tiles.std})  # fmt: skip
+    files.write_json(folder / "config.json", {
+        "model_type": "llava_next", "image_token_index": c.image_token, "vision_feature_layer": c.layer,
+        "eos_token_id": model.ends[0], "image_grid_pinpoints": tiles.grids, "prompt": PROMPT,
+        "vision_config": asdict(c.vision), "text_config": asdict(c.text)})  # fmt: skip
+
+
+def loss_of(model: Model, images: list[Image.Image], captions: list[str]) -> Tensor:
+    """Mean over the captions' tokens, end included, of -log p(token | image, prompt, tokens before)."""
+    before, mask = model.read(images, [PROMPT] * len(images))
+    ids = [[*model.tokenizer.encode(text, add_special_tokens=False).ids, model.ends[0]] for text in captions]
+    length = max(map(len, ids))
+    target = torch.tensor([row + [-100] * (length - len(row)) for row in ids], device=before.device)
+    embedded = torch.cat([before, model.writer.embed(target.clamp(min=0)[:, :-1])], dim=1)
+    seen = torch.cat([mask, target[:, :-1] >= 0], dim=1)
+    logits = model.writer(embedded, seen)[:, before.shape[1] - 1 :]  # (B, length, V): each foretells the next
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+
+
+def train(
+    steps: int = 500, batch: int = 32, scenes: int = 3000, lr: float = 2e-3, seed: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Model:  # fmt: skip
+    """A captioner that has learned `steps` batches of the first `scenes` scenes; the same one for the same numbers.
+
+    progress   wraps the steps, for a bar
+    """
+    torch.manual_seed(seed)
+    model = build()
+    pictures = [Image.fromarray(toy.render(toy.scene(i), SIDE)) for i in range(scenes)]
+    captions = [describe(toy.scene(i)) for i in range(scenes)]
+    optimizer = torch.optim.AdamW(model.network.parameters(), lr, (0.9, 0.98), weight_decay=0.01, fused=True)
+    for step in progress(range(steps)):
+        part = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * part
+        rows = torch.randint(scenes, (batch,)).tolist()
+        loss_of(model, [pictures[i] for i in rows], [captions[i] for i in rows]).backward()
+        torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.network.eval().requires_grad_(False)
+    return model
+
+
+def accuracy(model: Model, scenes: int = 200) -> tuple[float, float]:
+    """Of scenes that were not learned: the share of named attributes that are right by the reader; and the share of
+    captions that are word for word what the scene deserves."""
+    right = named = same = 0
+    for start in range(0, scenes, 50):
+        drawn = [toy.scene(HELD_OUT + i) for i in range(start, min(start + 50, scenes))]
+        images = [toy.render(scene, SIDE) for scene in drawn]
+        texts = model.generate([Image.fromarray(image) for image in images], [PROMPT] * len(images), max_new_tokens=60)
+        for scene, image, text in zip(drawn, images, texts):
+            a, b = judged(image, text)
+            right, named, same = right + a, named + b, same + (text == describe(scene))
+    return right / max(named, 1), same / scenes

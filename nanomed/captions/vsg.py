@@ -1,0 +1,294 @@
+"""The Visual Symptom Generator of Med-Art (Guo et al. 2025): captions of what is seen, by a vision-language model.
+
+A question names the category and the features to describe; an answer is drawn and judged, and drawn again while it is
+refused, `attempts` times at most:
+
+echo       it says the list of features instead of using it
+opening    it does not begin with the words that it was told to begin with
+long       more than 120 tokens of T5, also after T5-large was asked to shorten it, where one is given
+empty      nothing
+
+The released code (VSG.py) counts with the captioner's own tokenizer; the paper speaks of what T5 reads, which is the
+default. That code repeats for ever; here a picture that gets no caption is listed with its reasons.
+
+Every answer depends on (seed, file, attempt) alone. What is known of a picture is one line of OUT.jsonl, appended whole
+under a lock; the CSV is made of these lines. So a run that was killed goes on, and several processes share the work.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from nanomed import data
+from nanomed.data.images import listing, open_rgb
+from nanomed.data.table import DataError
+from nanomed.run import files
+from nanomed.run.flags import UsageError
+
+LIMIT = 120  # tokens that T5 reads in PixArt-alpha
+SAMPLING = dict(temperature=0.8, top_k=50, top_p=0.9, max_new_tokens=150)  # VSG.py
+MODALITIES = {  # how a caption begins, and the features: endoscopy's are the paper's, the others are in its manner
+    "endoscopy": ("An endoscopic image", "endoscopic image",
+                  "specific color, shape, surrounding mucosa, surface texture, bleeding condition"),
+    "skin": ("A dermoscopic image", "dermoscopic image",
+             "specific color, shape, border, surrounding skin, surface texture, pigment network"),
+    "xray": ("An X-ray image", "X-ray image", "anatomical region, density, shape, borders, symmetry"),
+    "fundus": ("A fundus image", "fundus image", "optic disc, vessels, macula, lesions, specific color"),
+    "microscopy": ("A microscopic image", "microscopic image",
+                   "staining, specific color, cell shape, arrangement, surrounding tissue"),
+}  # fmt: skip
+
+# What a caption of a patient's picture must not hold; a person looks at every one that is marked.
+SUSPICIOUS = {
+    "person": r"\b(?:[Pp]atient(?:'s)? name|Mr|Mrs|Ms|Dr|Prof)\b\.? ?|\bnamed [A-Z]\w+|\b[A-Z][a-z]+ [A-Z][a-z]+'s\b",
+    "date": r"\b\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b|\b(?:19|20)\d\d\b|\b(?:January|February|March|April|June|July|August|"
+            r"September|October|November|December) \d",
+    "hospital": r"\b(?:[Hh]ospital|[Cc]linic|[Mm]edical [Cc]ent(?:er|re)|[Ii]nstitute|[Uu]niversity)\b",
+    "burnt-in text": r"\b(?:reads|text says|labell?ed|captioned|watermark|timestamp|overlay(?:s|ed)?|ID) ?[:\"'\d]|"
+                     r"\b(?:overlaid|written|printed|on-screen) (?:text|words|letters|numbers)\b",
+}  # fmt: skip
+OPPOSITES = (  # a category that has a word of the left, and what its captions cannot say
+    (r"\bpolyps?\b", r"\b(?:no|without(?: any)?) (?:visible )?polyps?\b"),
+    (r"\bnormal\b|\bhealthy\b", r"\b(?:polyps?|tumou?rs?|ulcers?|cancer(?:ous)?|malignant|inflamed|lesions?)\b"),
+    (r"\b(?:colitis|oesophagitis|esophagitis)\b", r"\b(?:no|without(?: any)?) (?:signs? of )?inflammation\b|healthy"),
+    (r"\bmelanoma\b|\bcarcinoma\b", r"\bbenign\b"),
+    (r"\b(?:nevus|nevi|benign)\b", r"\bmalignant\b|\bmelanoma\b"),
+)
+
+
+class Captioner(Protocol):
+    """What `nanomed.captions.load` gives."""
+
+    def ask(self, question: str) -> str: ...
+    def generate(self, images: list, texts: list[str], max_new_tokens: int, **how) -> list[str]: ...
+    def count(self, text: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # relative to the data folder: the CSV's `file_name`
+    path: Path
+    category: str  # "" where nothing says it
+
+
+@dataclass
+class Result:
+    """What is known of one picture: one line of the journal."""
+
+    file_name: str
+    category: str
+    text: str = ""  # "" where every attempt was refused
+    attempts: int = 0
+    tokens: int = 0
+    flags: list[str] = field(default_factory=list)
+    refused: list[dict] = field(default_factory=list)  # {"attempt", "why", "text"}, in order
+    simplified: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How an answer is judged. `count` counts tokens; `shorten`, if there is one, is given texts that are too long."""
+
+    opening: str
+    features: str
+    count: Callable[[str], int]
+    limit: int = LIMIT
+    shorten: Callable[[str], str] | None = None
+
+    def judge(self, answer: str) -> tuple[str, str, bool]:
+        """(the caption, why it is refused or "", whether it was shortened)."""
+        text = " ".join(answer.split())  # VSG.py wants a newline in front, the end of Llama 3's header
+        if not text:
+            return text, "empty", False
+        if self.features in text:
+            return text, "echo", False
+        if not text.startswith(self.opening):
+            return text, "opening", False
+        if self.count(text) <= self.limit:
+            return text, "", False
+        if self.shorten is None:
+            return text, "long", False
+        short = " ".join(self.shorten(text).split())
+        refused = "long" if self.count(short) > self.limit else "" if short.startswith(self.opening) else "opening"
+        return short, refused, True
+
+
+def question(modality: str, category: str) -> tuple[str, str, str]:
+    """(the question, the words that an answer begins with, the list of features) for a picture."""
+    if modality not in MODALITIES:
+        raise UsageError(f"--modality {modality}: choose {', '.join(MODALITIES)}")
+    opening, kind, features = MODALITIES[modality]
+    start = f"{opening} of {category}" if category else opening
+    what = f"the {kind} of {category}" if category else f"the {kind}"
+    asked = (
+        f"{start}. Please describe {what} using the following visual features: {features}, and other relevant details. "
+        f"Start with '{start}' and ensure the description does not exceed 100 words."
+    )
+    return asked, opening, features
+
+
+def flags(text: str, category: str) -> list[str]:
+    """Why a person should look at a caption: what it gives away, and where it contradicts its category."""
+    found = [name for name, pattern in SUSPICIOUS.items() if re.search(pattern, text)]
+    rest = text.replace(f"of {category}", "of it", 1)  # the words that it was told to begin with
+    for given, said in OPPOSITES:
+        if re.search(given, category, re.I) and re.search(said, rest, re.I):
+            return [*found, "contradicts the category"]
+    return found
+
+
+def pictures(spec: str, cache: str | Path = "runs/cache") -> list[Picture]:
+    """The images of a data set; of `folder:DIR` all that are in it, whether they have captions or not. The category is
+    the class folder, or what the data set says."""
+    kind, _, where = spec.partition(":")
+    if kind == "folder" and where and not any(Path(where, name).is_file() for name in METADATA):
+        root = Path(where).expanduser()
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder")
+        found = [(path, "" if path.parent == root else path.parent.name) for path in listing(root, "**/*")]
+    else:
+        found = [(row.file, row.label) for row in data.load(spec, cache).rows]
+        root = Path(os.path.commonpath([path.parent for path, _ in found])) if found else Path()
+    if not found:
+        raise DataError(f"{spec}: no images")
+    return [Picture(path.relative_to(root).as_posix(), path, re.sub("[-_]+", " ", label)) for path, label in found]
+
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+def caption(
+    model: Captioner, batch: list[Picture], modality: str, rules: Callable[[str, str], Rules], attempts: int, seed: int
+) -> Iterator[Result]:
+    """Results of a few pictures, asked together; those that are refused are asked again together."""
+    asked = {p.name: question(modality, p.category) for p in batch}
+    results = {p.name: Result(p.name, p.category) for p in batch}
+    images: dict[str, Image.Image] = {p.name: open_rgb(p.path) for p in batch}
+    waiting = list(batch)
+    for attempt in range(1, attempts + 1):
+        prompts = [model.ask(asked[p.name][0]) for p in waiting]
+        answers = model.generate([images[p.name] for p in waiting], prompts, seed=seed,
+                                 keys=[(p.name, attempt) for p in waiting], **SAMPLING)  # fmt: skip
+        again = []
+        for picture, answer in zip(waiting, answers):
+            result, judge = results[picture.name], rules(*asked[picture.name][1:])
+            text, why, result.simplified = judge.judge(answer)
+            result.attempts = attempt
+            if why:
+                result.refused.append({"attempt": attempt, "why": why, "text": text})
+                again.append(picture)
+            else:
+                result.text, result.tokens = text, judge.count(text)
+                result.flags = flags(text, picture.category)
+        waiting = again
+        if not waiting:
+            break
+    yield from results.values()
+
+
+# --------------------------------------------------------------------------------------------------------- the journal
+
+
+class Journal:
+    """OUT.jsonl: first the settings, then one line a picture, appended whole. Any number of processes may write."""
+
+    def __init__(self, out: str | Path, settings: dict):
+        self.out = Path(out)
+        self.path = self.out.with_name(self.out.name + ".jsonl")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as file:
+            lines = _whole_lines(file)
+            if not lines:
+                if self.out.exists():
+                    raise UsageError(f"{self.out} was not written by this command; choose another --out or remove it")
+                file.write(_line(settings))
+                return
+            before = _read(lines[0], self.path, 1)
+            if before != settings:
+                names = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+                raise UsageError(f"{self.path} holds captions made with other settings ({', '.join(sorted(names))}); "
+                                 f"choose another --out or remove it")  # fmt: skip
+
+    def append(self, result: Result) -> None:
+        """Write a picture's line, unless another process has."""
+        with self._locked() as file:
+            lines = _whole_lines(file)
+            if all(json.loads(line).get("file_name") != result.file_name for line in lines[1:]):
+                file.write(_line(asdict(result)))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def results(self) -> dict[str, Result]:
+        """All pictures that are done, by name."""
+        with self._locked() as file:
+            lines = _whole_lines(file)
+        return {r.file_name: r for r in (Result(**_read(l, self.path, n)) for n, l in enumerate(lines[1:], 2))}
+
+    def write_csv(self) -> None:
+        """OUT of all lines so far, for `--captions`: file_name,text,category,tokens,attempts,flags; sorted by name."""
+        out = io.StringIO(newline="")
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["file_name", "text", "category", "tokens", "attempts", "flags"])
+        for _, r in sorted(self.results().items()):
+            if r.text:
+                writer.writerow([r.file_name, r.text, r.category, r.tokens, r.attempts, "; ".join(r.flags)])
+        files.write_text(self.out, out.getvalue())
+
+    def _locked(self):
+        file = open(self.path, "a+b")
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, or its process dies
+        return file
+
+
+def _line(value: dict) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+def _whole_lines(file) -> list[bytes]:
+    """The lines of a journal; half of one, which a killed process left at the end, is cut off."""
+    file.seek(0)
+    content = file.read()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        file.truncate(end)
+    return content[:end].splitlines()
+
+
+def _read(line: bytes, path: Path, number: int) -> dict:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}:{number}: damaged ({error}); remove the line") from error
+
+
+def statistics(results: Iterable[Result]) -> str:
+    """What a run has come to, in a few lines: accepted at which attempt, lengths, refused why, what to look at."""
+    results = list(results)
+    done = [r for r in results if r.text]
+    at, why = Counter(r.attempts for r in done), Counter(x["why"] for r in results for x in r.refused)
+    marks = Counter(mark for r in done for mark in r.flags)
+    lengths = sorted(r.tokens for r in done)
+    said = [f"{len(done):,} of {len(results):,} pictures have a caption"]
+    if done:
+        said[0] += f"; {lengths[0]} to {lengths[-1]} tokens, half of them at most {lengths[(len(lengths) - 1) // 2]}"
+        said.append("accepted at attempt  " + ", ".join(f"{n}: {at[n]:,}" for n in sorted(at)))
+    if short := sum(r.simplified for r in done):
+        said.append(f"shortened            {short:,}")
+    if why:
+        said.append("refused              " + ", ".join(f"{name}: {n:,}" for name, n in why.most_common()))
+    if marks:
+        said.append("to be looked at      " + ", ".join(f"{name}: {n:,}" for name, n in marks.most_common()))
+    for r in [r for r in results if not r.text][:5]:
+        reasons = ", ".join(f"{name} {n}x" for name, n in Counter(x["why"] for x in r.refused).items())
+        said.append(f"no caption           {r.file_name} ({reasons})")
+    return "\n".join(said)

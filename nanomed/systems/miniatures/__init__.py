@@ -1,0 +1,4 @@
+"""Miniatures of systems that are published: they need no weights and learn the toy world from nothing, on a CPU.
+
+Each adds the stages that make what its paper finds published. A part of `systems`, and may import what that may.
+"""

@@ -1,0 +1,63 @@
+"""Chat templates against transformers' rendering of the published Jinja templates."""
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nanomed.captions import chat
+
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+QWEN = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    "<|im_end|>\n' }}{%- endif %}{%- for message in messages %}{%- if (message.role == \"user\") or (message.role == "
+    "\"system\" and not loop.first) or (message.role == \"assistant\") %}{{- '<|im_start|>' + message.role + '\n' + "
+    "message.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | "
+    "trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+TEMPLATES = {"llama": LLAMA3, "mistral": MISTRAL, "qwen2": QWEN, "gemma2": GEMMA}
+
+
+def rendered(family: str, turns, system: str = "") -> str:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    texts, _ = render_jinja_template([messages], chat_template=TEMPLATES[family], add_generation_prompt=True,
+                                     bos_token="", eos_token="</s>")  # fmt: skip
+    return texts[0]
+
+
+@pytest.mark.parametrize("turns", [["What is seen?"], ["Say it\nanew.", "A polyp.", "Again, 'shorter' <5mm & {x}"]])
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_templates_equal_the_published_ones(family, turns):
+    assert chat.PLAIN[family](turns) == rendered(family, turns)
+    if family in ("llama", "qwen2"):
+        assert chat.PLAIN[family](turns, system="Be brief.") == rendered(family, turns, "Be brief.")
+
+
+def test_spaces_around_a_text_are_cut_where_the_template_does():
+    for family in TEMPLATES:
+        assert chat.PLAIN[family]([" two \n"]) == rendered(family, [" two \n"])
+
+
+def test_llavas_conversations():
+    """Of its own code: the system's text, then the image, a newline and the question."""
+    plain = rendered("llama", ["<image>\nWhat?"], chat.LLAVA_SYSTEM)
+    assert chat.llava_llama3_hf("What?") == plain and chat.llava_llama3("What?") == "<|begin_of_text|>" + plain
+    assert chat.llava_mistral("What?") == "[INST] <image>\nWhat? [/INST]"
