@@ -191,9 +191,9 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
     mark = out / "settings.json"
     if ranks.first:
         drawn = any(out.glob("*.png"))
-        if mark.is_file() and drawn:
+        if mark.is_file():
             before = _read(mark)
-            if before != settings:
+            if drawn and before != settings:
                 now, then = settings["drawing"], before["drawing"]
                 different = [key for key in {**now, **then} if then.get(key) != now.get(key)]
                 different += [key for key in ("batch", "rows", "prompts") if before.get(key) != settings[key]]
@@ -201,7 +201,7 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
                     f"{out} holds images drawn with other settings ({', '.join(different)}); "
                     f"choose another --out or remove it"
                 )
-        elif drawn:
+        elif drawn or (out / "manifest.jsonl").exists():
             raise UsageError(f"{out} holds images that sample.py did not draw; choose another --out")
         files.write_json(mark, settings)
         files.sweep(out)
@@ -209,9 +209,9 @@ def _claim(out: Path, settings: dict, ranks: Ranks) -> None:
 
 
 def _read(mark: Path) -> dict:
-    """The settings in a mark; of one that is none, nothing is known."""
+    """The settings.json of a drawing."""
     try:
         before = json.loads(mark.read_text(encoding="utf-8"))
-        return before if isinstance(before["drawing"], dict) else {"drawing": {}}
+        return before | {"drawing": dict(before["drawing"])}
     except (ValueError, KeyError, TypeError):
-        return {"drawing": {}}
+        raise UsageError(f"{mark} is not of sample.py; choose another --out") from None
