@@ -170,7 +170,7 @@ def check(config: Config, before: dict, system, ranks: Ranks) -> None:
             system.trainable(stage)
     done = runs.stages_of(config.resume or config.base) if config.resume or config.base else []
     missing = [stage for stage in system.stages if stage not in done]
-    if config.stage in missing and system.in_order and config.stage != missing[0]:
+    if config.stage in missing and system.in_order and config.stage != missing[0] and not config.dry_run:
         raise UsageError(f"--stage {config.stage} builds on stage {missing[0]}: say --resume with a run that has it")
     for file in filter(None, (config.grid_prompts, config.test_prompts)):
         read_prompts(file)
