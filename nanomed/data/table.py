@@ -59,7 +59,7 @@ class Table:
                 taken += len(units[name])
         if share and not held_out and len(self.rows) > 1:
             held_out = self._unit(min)
-        if len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
+        if held_out and len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
             held_out -= self._unit(max)
         train = tuple(row for row in self.rows if row.file not in held_out)
         valid = tuple(row for row in self.rows if row.file in held_out)
