@@ -155,7 +155,7 @@ def test_killed_at_random_moments_no_row_is_lost_or_doubled(tmp_path):
     spec, out = folder(tmp_path, 24), tmp_path / "captions.csv"
     context, draw, killed = multiprocessing.get_context("fork"), random.Random(0), 0
     for _ in range(8):
-        running = [context.Process(target=work, args=(out, spec, rank, 2, 0.004)) for rank in range(2)]
+        running = [context.Process(target=work, args=(out, spec, rank, 2, 0.02)) for rank in range(2)]
         for process in running:
             process.start()
         time.sleep(draw.uniform(0.0, 0.06))
