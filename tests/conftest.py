@@ -58,3 +58,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("published vocabularies are absent: set NANOMED_TEST_DATA to a folder with clip/, t5/, bert/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> Path:
+    """A saved msdm-tiny of random weights, none of them zero."""
+    from nanomed import systems
+
+    torch.manual_seed(0)
+    system = systems.build("msdm-tiny")
+    with torch.no_grad():
+        for param in system.parameters():
+            param.add_(0.02 * torch.randn_like(param))
+    folder = tmp_path_factory.mktemp("model")
+    system.save(folder)
+    return folder

@@ -18,26 +18,14 @@ SHORT = "Generate an image with 2 polyps."
 LONG = " ".join(["an image with a polyp located in the upper-left and lower-right"] * 5) + " and the end."
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    system = systems.build("msdm-tiny")
-    with torch.no_grad():
-        for param in system.parameters():
-            param.add_(0.02 * torch.randn_like(param))
-    folder = tmp_path_factory.mktemp("model")
-    system.save(folder)
-    return folder
-
-
-def draw(model: Path, out: Path, prompts: list[str], **settings) -> dict[str, bytes]:
-    drawing.draw(nanomed.load(model), prompts, drawing.Drawing(str(out), **({"steps": 2, "batch": 2} | settings)))
+def draw(untrained: Path, out: Path, prompts: list[str], **settings) -> dict[str, bytes]:
+    drawing.draw(nanomed.load(untrained), prompts, drawing.Drawing(str(out), **({"steps": 2, "batch": 2} | settings)))
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
 
 
-def test_what_is_cut_is_said_once_with_row_words_and_count(model, tmp_path, capsys):
-    system = nanomed.load(model)
-    draw(model, tmp_path / "a", [SHORT, LONG, LONG, SHORT])
+def test_what_is_cut_is_said_once_with_row_words_and_count(untrained, tmp_path, capsys):
+    system = nanomed.load(untrained)
+    draw(untrained, tmp_path / "a", [SHORT, LONG, LONG, SHORT])
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert said[0] == ("prompts: 1 of 3 distinct prompts have more than the 32 tokens that are read: the rest is cut "
@@ -50,19 +38,19 @@ def test_what_is_cut_is_said_once_with_row_words_and_count(model, tmp_path, caps
     assert torch.equal(system.tokenizer([read], length=32)[0][0][: system.lengths([read])[0] - 1],
                        ids[: system.lengths([read])[0] - 1])  # fmt: skip
     assert system.lengths([read])[0] <= 32 < system.lengths([f"{read} {rest.split()[0]}"])[0]
-    assert draw(model, tmp_path / "b", [SHORT]) and not capsys.readouterr().out
+    assert draw(untrained, tmp_path / "b", [SHORT]) and not capsys.readouterr().out
 
 
-def test_refuse_writes_nothing(model, tmp_path):
+def test_refuse_writes_nothing(untrained, tmp_path):
     with pytest.raises(UsageError, match=r"--long_prompts refuse.*row 1: \d+ tokens, \d+ words cut"):
-        draw(model, tmp_path / "a", [SHORT, LONG], long_prompts="refuse")
+        draw(untrained, tmp_path / "a", [SHORT, LONG], long_prompts="refuse")
     assert not (tmp_path / "a").exists()
-    assert draw(model, tmp_path / "a", [SHORT], long_prompts="refuse")
+    assert draw(untrained, tmp_path / "a", [SHORT], long_prompts="refuse")
 
 
-def test_pieces_are_what_transformers_reads_piece_by_piece(model):
+def test_pieces_are_what_transformers_reads_piece_by_piece(untrained):
     """Each piece is a text of its own, positions and all; what stands behind a prompt's end is not read."""
-    system = nanomed.load(model)
+    system = nanomed.load(untrained)
     c = system.text_encoder.config
     theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
@@ -92,20 +80,21 @@ def test_pieces_are_what_transformers_reads_piece_by_piece(model):
     close(cond["prompt_embeds"][1, :32], alone["prompt_embeds"][0], 1e-5)
 
 
-def test_chunk_changes_long_rows_alone_and_is_part_of_what_decides(model, tmp_path, capsys):
+def test_chunk_changes_long_rows_alone_and_is_part_of_what_decides(untrained, tmp_path, capsys):
     prompts = [SHORT, LONG, SHORT]
-    cut, chunk = draw(model, tmp_path / "a", prompts), draw(model, tmp_path / "b", prompts, long_prompts="chunk")
+    cut = draw(untrained, tmp_path / "a", prompts)
+    chunk = draw(untrained, tmp_path / "b", prompts, long_prompts="chunk")
     assert "read in up to 3 pieces of 30" in capsys.readouterr().out
     assert [cut[name] == chunk[name] for name in sorted(cut)] == [True, False, True]
     settings = json.loads((tmp_path / "b" / "settings.json").read_text())
     assert settings["drawing"]["long_prompts"] == "chunk"
     with pytest.raises(UsageError, match="other settings"):
-        draw(model, tmp_path / "b", prompts)
+        draw(untrained, tmp_path / "b", prompts)
     end = LONG.removesuffix("the end.") + "an instrument."  # a word behind the limit matters now, and did not
-    assert draw(model, tmp_path / "c", [SHORT, end, SHORT]) == cut
-    assert draw(model, tmp_path / "d", [SHORT, end, SHORT], long_prompts="chunk") != chunk
-    assert draw(model, tmp_path / "e", [SHORT], negative=LONG, long_prompts="chunk") != draw(
-        model, tmp_path / "f", [SHORT], negative=LONG
+    assert draw(untrained, tmp_path / "c", [SHORT, end, SHORT]) == cut
+    assert draw(untrained, tmp_path / "d", [SHORT, end, SHORT], long_prompts="chunk") != chunk
+    assert draw(untrained, tmp_path / "e", [SHORT], negative=LONG, long_prompts="chunk") != draw(
+        untrained, tmp_path / "f", [SHORT], negative=LONG
     )
 
 

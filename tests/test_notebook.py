@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import nanomed
-from nanomed import systems
 from nanomed.data.table import DataError
 from nanomed.run.flags import UsageError
 
@@ -21,32 +20,20 @@ NONE, ONE = "Generate an image with no polyps.", "Generate an image with 1 polyp
 PROMPTS = [NONE, ONE, "", NONE]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    system = systems.build("msdm-tiny")
-    with torch.no_grad():
-        for param in system.parameters():
-            param.add_(0.02 * torch.randn_like(param))
-    folder = tmp_path_factory.mktemp("model")
-    system.save(folder)
-    return folder
-
-
 @pytest.mark.parametrize("flags, options", [
     ([], {}),
     (["--seed", "7", "--guidance", "2.5", "--negative", "text", "--size", "64"],
      dict(seed=7, guidance=2.5, negative="text", size=64)),
 ])  # fmt: skip
-def test_a_call_draws_the_pixels_of_sample_py(model, tmp_path, monkeypatch, capsys, flags, options):
+def test_a_call_draws_the_pixels_of_sample_py(untrained, tmp_path, monkeypatch, capsys, flags, options):
     import sample
 
     (tmp_path / "p.csv").write_text("prompt\n" + "".join(f'"{prompt}"\n' for prompt in PROMPTS))
-    words = ["sample.py", "--model", str(model), "--prompts", str(tmp_path / "p.csv"), "--out", str(tmp_path / "o"),
+    words = ["sample.py", "--model", str(untrained), "--prompts", str(tmp_path / "p.csv"), "--out", str(tmp_path / "o"),
              "--steps", "2", "--batch", "3", *flags]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
     sample.main()
-    system = nanomed.load(model)
+    system = nanomed.load(untrained)
     capsys.readouterr()
     images = system(PROMPTS, steps=2, batch=3, **options)
     assert "4/4" in capsys.readouterr().err  # a bar
@@ -58,9 +45,9 @@ def test_a_call_draws_the_pixels_of_sample_py(model, tmp_path, monkeypatch, caps
     assert "encode_text" not in vars(system)  # nothing is remembered of texts once weights may change
 
 
-def test_the_same_call_trains_as_before(model):
+def test_the_same_call_trains_as_before(untrained):
     """A batch is a dict: gradients flow, under DistributedDataParallel's way of calling, too."""
-    system = nanomed.load(model)
+    system = nanomed.load(untrained)
     system.trainable("unet")
     loss = system(system.example("unet", 2, torch.device("cpu")), "unet", 0)["loss"]
     loss.backward()

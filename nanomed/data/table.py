@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from nanomed.run import files
@@ -65,14 +66,18 @@ class Table:
         valid = tuple(row for row in self.rows if row.file in held_out)
         return Table(self.name, train), Table(self.name, valid)
 
+    @cached_property
+    def sums(self) -> list[str]:
+        """SHA-256 of the file of every row; read once, for the run's own hash and for the caches of all stages."""
+        with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free
+            return list(pool.map(lambda row: files.sha256(row.file), self.rows))
+
     @property
     def digest(self) -> str:
         """A hash of all that can be trained on, in its order: files by name and bytes, prompts and classes. Where they
         lie does not count."""
-        with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free
-            sums = pool.map(lambda row: files.sha256(row.file), self.rows)
-            rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad]
-                    for row, digest in zip(self.rows, sums)]  # fmt: skip
+        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad]
+                for row, digest in zip(self.rows, self.sums)]  # fmt: skip
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def _unit(self, choose) -> set[Path]:

@@ -19,13 +19,11 @@ from nanomed.adapters import formats, lora
 from nanomed.autoencoders.tiles import decode_tiles
 from nanomed.data.prompts import CLASSES, WORDS
 from nanomed.data.table import Table
-from nanomed.diffusion import samplers
-from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.run.pictures import Picture, batches, images, remembering
 from nanomed.systems.arithmetic import held
-from nanomed.systems.assembly import Assembled, Found, read_config
+from nanomed.systems.assembly import Assembled, read_config
 
 
 @dataclass
@@ -258,10 +256,6 @@ class System(Assembled):
             fields["text"] = (" ".join(readers), self.states)
         return fields
 
-    def cast(self, denoise: Denoise) -> Denoise:
-        """The network sees x in its own dtype, the sampler or the loss computes in that of x."""
-        return lambda x, t: denoise(x.to(self.dtype), t).to(x.dtype)
-
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in float32, nominally in [-1, 1] and not clamped."""
         part, latents = self.get_submodule(self.autoencoder), latents.to(self.weight(self.autoencoder))
@@ -418,69 +412,3 @@ class System(Assembled):
         for part in self.adapters:
             if lora.adapted(self.get_submodule(part)):
                 lora.fold(self.get_submodule(part))
-
-
-class Scheduled(System):
-    """A system with a `unet` that draws as its folder's `scheduler_config.json` says, or by another sampler on the
-    same noise.
-
-    scheduler  settings of noise and sampler, in the words of that file
-    guidance   on the standard scale, 1 = none
-    """
-
-    denoiser = "unet"
-    own_sampler = False
-
-    def __init__(
-        self,
-        found: Found,
-        *,
-        scheduler: dict,
-        steps: int,
-        guidance: float,
-        dropout: float = 0.0,
-        snr_gamma: float = 0.0,
-    ):
-        super().__init__(found)
-        self.scheduler = dict(scheduler)
-        self.diffusion, _ = samplers.chosen(self.scheduler, "scheduler")
-        self.steps, self.guidance, self.dropout, self.snr_gamma = steps, guidance, dropout, snr_gamma
-
-    @classmethod
-    def stated(cls, place: Callable[[str], Path]) -> dict:
-        return {"scheduler": samplers.read_scheduler(place("scheduler"))}
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of the latents of an image of a size in pixels."""
-        raise NotImplementedError
-
-    def conditions(
-        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
-    ) -> tuple[Cond, Cond]:
-        """The two conditions of guidance, as the U-Net takes them: of the prompts, and what it leads away from."""
-        raise NotImplementedError
-
-    def sample(
-        self,
-        prompts: list[str],
-        noise: samplers.Noise,
-        steps: int | None = None,
-        guidance: float | None = None,
-        negative_prompts: list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        sampler: str = "",
-    ) -> Tensor:
-        """Draw one image for each prompt: (B, 3, height, width) in [0, 1], of the size of `latent_size`.
-
-        `noise.randn` is asked for the initial latents, and by "ddpm" then once a step. `sampler` is one of
-        samplers.SAMPLERS in place of the scheduler's own.
-        """
-        if negative_prompts and len(negative_prompts) != len(prompts):
-            raise ValueError(f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts")
-        height, width = height or self.size, width or self.size
-        diffusion, draw = samplers.chosen(self.scheduler, "scheduler", sampler)
-        x = noise.randn(*self.latent_size(height, width))
-        cond, null = self.conditions(prompts, negative_prompts, height, width)
-        denoise = self.cast(guided(self.unet, cond, null, self.guidance if guidance is None else guidance))
-        return self.to_unit(self.decode(draw(denoise, diffusion, x, steps or self.steps, noise)))

@@ -23,7 +23,8 @@ from nanomed.autoencoders.movq import MoVQ, load_movq
 from nanomed.denoisers.kandinsky3 import Kandinsky3Config, Kandinsky3UNet, load_kandinsky3, places
 from nanomed.diffusion.process import Cond
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import Scheduled, Weighting
+from nanomed.systems.base import Weighting
+from nanomed.systems.scheduled import Scheduled
 from nanomed.text.t5 import FLAN_UL2, T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.weights import WeightsError
@@ -135,7 +136,7 @@ class Kandinsky3(Scheduled):
             batch = batch | self.frozen(stage)["image"][1](batch["image"])
         text = self.text(batch)
         predict = partial(self.unet, **self.read(text, self.places(text)))
-        return {"loss": self.denoising_loss(self.cast(predict), batch["latents"].to(self.device))}
+        return {"loss": self.denoising_loss(self.noise_of(predict), batch["latents"].to(self.device))}
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         found = super().example(stage, batch, device)

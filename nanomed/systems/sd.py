@@ -24,7 +24,8 @@ from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiff
 from nanomed.diffusion.process import Cond
 from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import Scheduled, Weighting
+from nanomed.systems.base import Weighting
+from nanomed.systems.scheduled import Scheduled
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
 from nanomed.text.tokenizers import ClipTokenizer, train_bpe
 from nanomed.weights import WeightsError
@@ -131,7 +132,7 @@ class StableDiffusion(Scheduled):
         "prompt" or its cached states."""
         x0 = self.latents(batch)
         cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.cast(partial(self.unet, **cond)), x0)}
+        return {"loss": self.denoising_loss(self.noise_of(partial(self.unet, **cond)), x0)}
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) of a size in pixels."""

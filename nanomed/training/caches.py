@@ -8,7 +8,6 @@ from torch import Tensor
 from nanomed import weights
 from nanomed.data.images import to_unit
 from nanomed.data.table import Table
-from nanomed.run import files
 from nanomed.run.cache import Columns, cached
 from nanomed.run.ranks import Ranks
 from nanomed.training.batches import Batches, Kept, Samples, View, pixels, views
@@ -73,7 +72,7 @@ def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks
     key = {
         "fields": f"{parts} of images",
         "weights": [weights.fingerprint(system.get_submodule(part)) for part in parts.split()],
-        "images": [[row.file.name, files.sha256(row.file)] for row in table.rows],
+        "images": [[row.file.name, digest] for row, digest in zip(table.rows, table.sums)],
         "size": how.size, "views": [[look.number, *look.flip] for look in looks], "augment": how.augment,
         "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
     }  # fmt: skip
