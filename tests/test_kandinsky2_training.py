@@ -2,6 +2,8 @@
 what is saved and read again, and the miniature that learns from nothing. Weights are random; runs take seconds."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -155,6 +157,22 @@ def test_a_dropped_prompt_means_no_image_to_the_decoder(system):
     assert not torch.equal(found, system(batch, "decoder", 0)["loss"])
 
 
+def test_every_process_asks_the_frozen_tower_equally_often_whatever_its_prompts(system, monkeypatch):
+    """In shares its blocks are put together by all processes at once: one that asked alone would wait for ever."""
+    calls = []
+    tower = system.image_encoder.vision_model.encoder.layers[0]
+    tower.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for prompts in (["", "a"], ["a", "b"]):
+        system.adapt("decoder", 2)
+        system.trainable("decoder")
+        calls.clear()
+        for step in range(2):
+            system(fields(2) | {"prompt": prompts}, "decoder", step)
+        counts.append(len(calls))
+    assert counts == [1, 1]
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 
@@ -295,6 +313,25 @@ def test_stopped_in_the_middle_an_adapter_goes_on_exactly(run_train, base, tmp_p
     assert code == 0
     a, b = adapter(straight, "decoder"), adapter(run, "decoder")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_frozen_parts_in_shares_train_the_same_weights(tmp_path):
+    """train.py over gloo, all three stages, half of the prompts dropped; 1e-5."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    common = [*TINY, "--cache", str(tmp_path / "cache"), "--dropout", "0.5"]
+    models = []
+    for place in ("device", "share"):
+        words = [*launch, *common, "--out", str(tmp_path / place), "--frozen", place]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        models.append(runs.newest(tmp_path / place) / "model")
+    for part in ("movq", "prior", "unet", "image_encoder", "text_encoder"):
+        (whole,), (shared,) = ([load_file(file) for file in (model / part).glob("*.safetensors")] for model in models)
+        assert whole.keys() == shared.keys()
+        for name in whole:
+            close(shared[name], whole[name], 1e-5)
 
 
 @torch.no_grad()

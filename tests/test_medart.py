@@ -463,13 +463,14 @@ from test_medart import PROMPTS, small
 ranks = Ranks.join()
 rank, world, device = ranks.rank, ranks.world, ranks.device
 system = small()
-placement = Placement(system, "adapters", "text_encoder=share", ranks)
+placement = Placement(system, "adapters", "share", ranks)
 placement.settle()
 params = list(system.trainable("adapters").values())
 model = ranks.parallel(system)
-whole = sum(param.numel() for param in small().text_encoder.parameters())
-held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in system.text_encoder.parameters())
-assert world == 1 or held < 0.75 * whole, (held, whole)  # adapters are whole in both
+for part, most in (("text_encoder", 0.75), ("vae", 0.6)):  # adapters are whole in both
+    whole = sum(param.numel() for param in small().get_submodule(part).parameters())
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in system.get_submodule(part).parameters())
+    assert world == 1 or held < most * whole, (part, held, whole)
 images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 for row in [rank] if world > 1 else [0, 1]:  # each process has one of the images
     torch.manual_seed(row)
@@ -491,8 +492,9 @@ if world > 1:
 """
 
 
-def test_two_processes_that_share_t5_get_the_gradients_of_one(tmp_path):
-    """FSDP2 over gloo: noise loss and HLDF, adapters of both parts; 1e-5 relative. Then an uneven drawing."""
+def test_two_processes_that_share_frozen_parts_get_the_gradients_of_one(tmp_path):
+    """FSDP2 over gloo, T5 and the VAE in shares: noise loss and HLDF, adapters of both parts; 1e-5 relative. Then an
+    uneven drawing."""
     (tmp_path / "worker.py").write_text(WORKER)
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}

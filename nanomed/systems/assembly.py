@@ -225,7 +225,8 @@ class Assembled(nn.Module):
             elif name in self.shapes or name in trained:
                 for below in onto.kept(folder):  # it is in these weights now
                     shutil.rmtree(below / name, ignore_errors=True)
-                files.write_tensors(folder / name / f"{self.parts[name].stem}.safetensors", dict(module.state_dict()))
+                tensors = dict(module.named_parameters())  # no part has buffers; `state_dict` would give FSDP2's shares
+                files.write_tensors(folder / name / f"{self.parts[name].stem}.safetensors", tensors)
         files.write_json(folder / "system.json", self.config())
 
     def read_parts(self, folder: str | Path, dtype: torch.dtype | None = None, parts: Iterable[str] = ()) -> None:

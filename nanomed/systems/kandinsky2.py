@@ -91,6 +91,7 @@ class Kandinsky2(System):
         self.guidance, self.prior_guidance = guidance, prior_guidance
         self.snr_gamma, self.released = snr_gamma, released
         self.prior_diffusion, self.diffusion = schedules
+        self.nothing: Tensor | None = None  # the embedding of no image, in training
         self.text_shape = self.prior.num_embeddings, self.prior.embedding_dim
         self.unit = self.movq.factor**2
         if size % self.unit:
@@ -146,9 +147,11 @@ class Kandinsky2(System):
             noising = self.diffusion if self.released else self.prior_diffusion
             predict = partial(self._predict, self.prior, cond)
             return {"loss": self.denoising_loss(predict, x0, says=self.prior_diffusion, noising=noising)}
-        if "" in batch.get("prompt", ()):
-            dropped = torch.tensor([prompt == "" for prompt in batch["prompt"]], device=embeds.device)
-            embeds = torch.where(dropped[:, None], self.image_encoder.embed_nothing().to(embeds), embeds)
+        if "prompt" in batch:
+            if self.nothing is None:  # every process asks in the same step: the tower may be in shares
+                self.nothing = self.image_encoder.embed_nothing().detach()
+            dropped = torch.tensor([prompt == "" for prompt in batch["prompt"]]).to(embeds.device)
+            embeds = torch.where(dropped[:, None], self.nothing.to(embeds), embeds)
         predict = partial(self._predict, self.unet, {"image_embeds": embeds.to(self.dtype)})
         return {"loss": self.denoising_loss(predict, batch["latents"].float())}
 
@@ -159,6 +162,7 @@ class Kandinsky2(System):
     def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
         if not self.shapes and not lora.adapted(self.get_submodule(self.stages[stage][0])):
             raise UsageError(f"--rank 0: stage {stage} trains adapters on the published weights; choose a rank")
+        self.nothing = None  # the tower may have changed
         return super().trainable(stage)
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:

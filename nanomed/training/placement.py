@@ -2,8 +2,7 @@
 
     --frozen device            beside what trains (the default)
     --frozen cpu               on the CPU, once all that they make of the data is on disk
-    --frozen share             each process of torchrun holds a share of a text encoder's weights (FSDP2); the others,
-                               hundreds of times smaller, stay on the device
+    --frozen share             each process of torchrun holds a share of their weights (FSDP2)
     --frozen text_encoder=cpu,vae=device     part by part
 
 A text encoder whose adapter trains is frozen, too: it can be shared, and its adapter stays whole.
@@ -17,13 +16,14 @@ from nanomed.run.flags import UsageError
 from nanomed.run.ranks import Ranks
 
 PLACES = ("device", "cpu", "share")
+TEXT = "text_encoder"  # how the names of text encoders begin
 
 
 def places_of(asked: str, system, stage: str) -> dict[str, str]:
     """{part: place} of the parts that are frozen in a stage: where --frozen asks for, as far as that place is for them.
 
-    The CPU is for parts whose results are kept, shares are for text encoders, and those whose adapter trains are among
-    them. Raises UsageError for a part or a place that is not there.
+    The CPU is for parts whose results are kept. Shares are for all of them, a text encoder whose adapter trains
+    included. Raises UsageError for a part or a place that is not there.
     """
     parts = [name for name, _ in system.named_children()]
     if asked not in PLACES:
@@ -33,11 +33,11 @@ def places_of(asked: str, system, stage: str) -> dict[str, str]:
                 raise UsageError(f"--frozen {asked}: say {', '.join(PLACES)}, or PART=PLACE of {', '.join(parts)}")
     wishes = dict.fromkeys(parts, asked) if asked in PLACES else dict(
         item.strip().split("=") for item in asked.split(","))  # fmt: skip
-    texts = {name for name in parts if name.startswith("text_encoder")}
-    tuned = {name for name in texts & set(system.stages[stage]) if lora.adapted(system.get_submodule(name))}
+    trained = set(system.stages[stage])
+    tuned = {name for name in trained if name.startswith(TEXT) and lora.adapted(system.get_submodule(name))}
     kept = {part for several, _ in system.frozen(stage).values() for part in several.split()}
-    possible = {"device": set(parts), "cpu": kept, "share": texts}
-    frozen = [name for name in parts if name not in system.stages[stage] or name in tuned]
+    frozen = [name for name in parts if name not in trained or name in tuned]
+    possible = {"device": set(parts), "cpu": kept, "share": set(frozen)}
     return {name: place if name in possible[place := wishes.get(name, "device")] else "device" for name in frozen}
 
 
@@ -59,7 +59,7 @@ class Placement:
         for part in self.idle:
             self.system.get_submodule(part).cpu()
         for part in self.shared:
-            self._share(self.system.get_submodule(part))
+            self._share(part)
 
     def whole(self) -> None:
         """Put shared parts together in every process: those that share out images need not draw equally many, and none
@@ -74,27 +74,43 @@ class Placement:
             piece.set_reshard_after_forward(True, recurse=False)
             piece.reshard()
 
-    def _share(self, module: nn.Module) -> None:
-        """Leave each process a share of a frozen module's weights: a block is put together when it is used, forward and
-        backward. Its adapters stay whole, and with them gradients, optimizer and files are as they always are."""
+    def _share(self, part: str) -> None:
+        """Leave each process a share of a frozen part's weights: a block is put together when it is called, forward and
+        backward, and so is a vocabulary. What lies between blocks stays whole, because the methods of a part (`encode`,
+        `features`) read it directly; adapters do too, and with them gradients, optimizer and files are as they always
+        are."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        module = self.system.get_submodule(part)
         module.to(memory_format=torch.contiguous_format)  # all that FSDP2 takes
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world,))
         kept = set(lora.parameters(module)) if lora.adapted(module) else set()
-        lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
-        blocks = [block for blocks in lists for block in blocks if type(block).forward is not nn.Module.forward]
-        blocks = [block for block in blocks if any(True for _ in block.parameters())]
-        inner = {id(child) for block in blocks for child in block.modules() if child is not block}
-        for piece in (*(block for block in blocks if id(block) not in inner), module):
+        for piece in pieces(module, vocabulary=part.startswith(TEXT)):
             self.pieces.append(fully_shard(piece, mesh=mesh, ignored_params=kept))
+
+
+def pieces(module: nn.Module, vocabulary: bool) -> list[nn.Module]:
+    """The outermost modules in lists that are called and have weights, such as the blocks of a transformer, and the
+    embedding with the most rows where there is a vocabulary."""
+    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    called = [block for blocks in lists for block in blocks if type(block).forward is not nn.Module.forward]
+    blocks = [block for block in called if any(True for _ in block.parameters())]
+    inner = {id(child) for block in blocks for child in block.modules() if child is not block}
+    tables = [child for child in module.modules() if isinstance(child, nn.Embedding)] if vocabulary else []
+    largest = max(tables, key=lambda table: table.num_embeddings, default=None)
+    return [block for block in blocks if id(block) not in inner] + ([largest] if largest is not None else [])
 
 
 def gigabytes(system, places: dict[str, str], trained: int, step: float, ranks: int) -> float:
     """What a stage needs on each device, by arithmetic on shapes: weights by place, `trained` parameters with gradients
     and two moments, the bytes that a step holds, and what CUDA itself and its libraries take."""
-    share = {"device": 1.0, "cpu": 0.0, "share": 1 / ranks}
-    kept = sum(sum(p.nbytes for p in module.parameters()) * share[places.get(name, "device")]
-               for name, module in system.named_children())  # fmt: skip
-    return (kept + 16 * trained + step) / 1e9 + 1.0
+
+    def kept(name: str, module: nn.Module) -> float:
+        whole, place = sum(p.nbytes for p in module.parameters()), places.get(name, "device")
+        if place == "cpu":
+            return 0.0
+        cut = pieces(module, name.startswith(TEXT)) if place == "share" else []
+        return whole - sum(p.nbytes for piece in cut for p in piece.parameters()) * (1 - 1 / ranks)
+
+    return (sum(kept(name, module) for name, module in system.named_children()) + 16 * trained + step) / 1e9 + 1.0
