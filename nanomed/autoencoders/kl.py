@@ -163,9 +163,9 @@ class AutoencoderKL(nn.Module):
     def loss(self, images: Tensor) -> dict[str, Tensor]:
         """MSE and L1 of reconstructions, and 1e-6 of the KL divergence of latents (Rombach et al. 2022): to train from
         nothing."""
-        mean, logvar = self.moments(images).chunk(2, dim=1)
+        mean, logvar = self.moments(images).float().chunk(2, dim=1)  # autocast is for the convolutions
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        out = self.decode(z * self.scale)
+        out = self.decode(z * self.scale).float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
         l1 = F.l1_loss(out, images)
         return {"loss": F.mse_loss(out, images) + l1 + 1e-6 * kl, "l1": l1.detach(), "kl": kl.detach()}

@@ -12,7 +12,14 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Gaussian window of 11 x 11 with sigma 1.5, K = (0.01, 0.03), no padding; each channel's mean is floored at 0
     before the channels are averaged. Images smaller than the window use the largest odd window that fits.
+
+    Computed in float32 whatever the precision around it: a variance is the small difference of two squares.
     """
+    with torch.autocast(a.device.type, enabled=False):
+        return _ssim(a.float(), b.float()) if a.dtype != torch.float64 else _ssim(a, b)
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
     size = min(11, *[side if side % 2 else side - 1 for side in a.shape[-2:]])
     offsets = torch.arange(size, dtype=a.dtype, device=a.device) - size // 2
     kernel = torch.exp(-(offsets**2) / (2 * 1.5**2))
@@ -55,11 +62,11 @@ class VGGDistance(nn.Module):
         shift = torch.tensor([-0.030, -0.088, -0.188], dtype=a.dtype, device=a.device).view(1, 3, 1, 1)
         scale = torch.tensor([0.458, 0.448, 0.450], dtype=a.dtype, device=a.device).view(1, 3, 1, 1)
         x = (torch.cat([a, b]) - shift) / scale
-        total = x.new_zeros(len(a))
+        total = torch.zeros(len(a), device=x.device)
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self.TAPS:
-                unit = x / (x.norm(dim=1, keepdim=True) + 1e-10)
+                unit = x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10)
                 of_a, of_b = unit.chunk(2)
                 total = total + (of_a - of_b).square().sum(1).mean((1, 2))
         return total

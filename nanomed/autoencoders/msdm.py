@@ -156,11 +156,11 @@ class MSDMVAE(nn.Module):
         The code sums  3 S (MSE + LPIPS + 1 - SSIM)  over both (S pixels each) and adds 1e-6 KL; here everything is
         divided by 3 S of the full image, so that the loss reads per pixel and the ratio to the KL term is kept.
         LPIPS here is the distance of VGG16 features without learned weights, and is left out without them.
-        Returns "loss" and its parts.
+        Returns "loss" and its parts, in float32: autocast is for the convolutions.
         """
-        moments = self.moments(images)
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = self.moments(images).float().chunk(2, dim=1)
         full, half = self._decode(mean + torch.exp(0.5 * logvar) * noise)
+        full, half = full.float(), half.float()
         small = F.interpolate(images, size=half.shape[-2:], mode="nearest-exact")
         total = self._distance(full, images, perceptual) + self._distance(half, small, perceptual) / 4
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / len(images)
