@@ -529,7 +529,7 @@ MINIATURES = ("msdm-tiny", "kandinsky2-tiny", "kandinsky3-tiny", "sd-tiny", "med
 @pytest.mark.parametrize("model", MINIATURES)
 def test_under_bf16_every_stage_has_the_loss_of_fp32(model):
     """Autocast is for matrix products and convolutions. What a loss takes differences of (a variance, a divergence, a
-    structural similarity) is computed in float32: 2% of the loss and 10% of an autoencoder's gradient are bfloat16's own
+    structural similarity) is computed in float32: 2% of the loss, and 10% of an autoencoder's gradient, are its own
     rounding. (That of an untrained deep U-Net is off by more, whoever computes it.)
     """
     torch.manual_seed(0)
