@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.metrics import clef, colour, diversity, frd, scores, uncertainty
+from nanomed.metrics import clef, colour, diversity, frd, medvqa, scores, uncertainty
 
 SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
@@ -232,6 +232,42 @@ def clip_score(
     if of_real is not None:
         entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
     return {name: entry | small(len(each))}
+
+
+def medvqa2025(
+    objectives: Sequence[medvqa.Objective],
+    prompts: Sequence[Tensor],
+    protocol: str,
+    network: str,
+    n: tuple[int, int],
+    sure: bool = True,
+    seed: int = 0,
+) -> Entries:
+    """Fidelity, agreement and diversity of MEDVQA-GI 2025: the first two of objectives, the last of the features (N, D)
+    of each prompt with two images or more; n images there are on the real and the generated side.
+
+    The interval is over objectives or prompts; the floor, rather a ceiling, is of real images in the prompts' place.
+    """
+    chance = [found for one in objectives if (found := medvqa.by_chance(one, seed))] if sure else []
+    entries: Entries = {}
+    for name, value, those, perfect, what in (
+        ("fidelity", medvqa.fidelity, objectives, chance, "objectives"),
+        ("agreement", medvqa.agreement, objectives, chance, "objectives"),
+        ("diversity", medvqa.diversity, prompts, [one.real for one in chance], "prompts"),
+    ):
+        if not those:
+            continue
+        each = torch.tensor([value(one) for one in those], dtype=torch.float64)
+        entry = {"value": each.mean().item(), "protocol": f"{protocol}, {len(each):,} {what}", "n_real": n[0],
+                 "n_fake": n[1], "network": network}  # fmt: skip
+        if sure and len(each) >= 2:
+            entry |= interval(uncertainty.mean_interval(each), f"Student's t over the {what}")
+        if perfect:
+            own = sum(map(value, perfect)) / len(perfect)
+            n_own = len(perfect[0] if what == "prompts" else perfect[0].one)
+            entry["floor"] = {"value": own, "method": "real images in the prompts' place", "n": n_own}
+        entries[f"MEDVQA-GI {name}"] = entry | small(n[1])
+    return entries
 
 
 def radiomic(
