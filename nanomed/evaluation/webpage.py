@@ -233,6 +233,7 @@ def pairs(found: Sequence[tuple[Picture, Picture, str, bool]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- charts
 
 _COLOURS = ("var(--real)", "var(--fake)", "#6b7785")
+_SMALL = "font-size:11px;fill:var(--soft)"
 
 
 def histogram(title: str, series: Mapping[str, np.ndarray], low: float, high: float, unit: str = "") -> str:
@@ -252,13 +253,34 @@ def histogram(title: str, series: Mapping[str, np.ndarray], low: float, high: fl
     ticks = []
     for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
         x, value = left + share * (width - 2 * left), low + share * (high - low)
-        ticks.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="{anchor}" style="font-size:11px;fill:var(--soft)">'
+        ticks.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="{anchor}" style="{_SMALL}">'
                      f"{value:.3g}{html.escape(unit if share == 1 else '')}</text>")  # fmt: skip
     axis = (
         f'<line x1="{left}" y1="{height - bottom}" x2="{width - left}" y2="{height - bottom}" style="stroke:var(--line)"/>'
     )
     key = "".join(f'<b style="background:{colour}"></b>{text(name)}' for colour, name in zip(_COLOURS, series))
     drawing = f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}{axis}{"".join(ticks)}</svg>'
+    return f'<div><h3>{text(title)}</h3>{drawing}<div class="legend">{key}</div></div>'
+
+
+def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
+    """Lines through points (x, y) between 0 and 1, in one square: {name: points}."""
+    side, left, bottom, top = 260, 34, 34, 8
+    wide, high = side - left - top, side - bottom - top
+    grid, lines = "", ""
+    for share in (0, 0.5, 1):
+        x, y = left + share * wide, top + (1 - share) * high
+        grid += f'<line x1="{left}" y1="{y:.1f}" x2="{left + wide}" y2="{y:.1f}" style="stroke:var(--line)"/>'
+        grid += f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + high}" style="stroke:var(--line)"/>'
+        grid += f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end" style="{_SMALL}">{share:g}</text>'
+        grid += f'<text x="{x:.1f}" y="{top + high + 14}" text-anchor="middle" style="{_SMALL}">{share:g}</text>'
+    for word, x, y, anchor in ((across, left + wide / 2, side - 4, "middle"), (up, left + 6, top + 14, "start")):
+        grid += f'<text x="{x:.0f}" y="{y}" text-anchor="{anchor}" style="{_SMALL}">{html.escape(word)}</text>'
+    for colour, points in zip(_COLOURS, series.values()):
+        line = " ".join(f"{left + x * wide:.1f},{top + (1 - y) * high:.1f}" for x, y in points)
+        lines += f'<polyline points="{line}" style="fill:none;stroke:{colour};stroke-width:2;stroke-linejoin:round"/>'
+    key = "".join(f'<b style="background:{colour}"></b>{text(name)}' for colour, name in zip(_COLOURS, series))
+    drawing = f'<svg viewBox="0 0 {side} {side}" role="img">{grid}{lines}</svg>'
     return f'<div><h3>{text(title)}</h3>{drawing}<div class="legend">{key}</div></div>'
 
 

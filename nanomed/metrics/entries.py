@@ -102,15 +102,16 @@ class Measured:
         return self._of_neighbours(("density", "coverage"), values, K_COVERAGE)
 
     def f_beta(self) -> Entries:
-        """F8 (recall) and F1/8 (precision) of the curve between them, which each entry holds in 21 points."""
+        """F8 (recall) and F1/8 (precision) of the curve between them, which each entry holds in 21 points,
+        with that of two sets of real images (`of_real`)."""
         bins = diversity.clusters(self.real, self.fake, BINS, seed=self.seed)
 
         def values(a: Tensor, b: Tensor) -> Sequence[float]:
             points = diversity.curve(a, b)
             return diversity.f_beta(points, BETA), diversity.f_beta(points, 1 / BETA)
 
-        def fresh(a: Tensor, b: Tensor) -> Sequence[float]:
-            return values(*diversity.clusters(a, b, BINS, seed=self.seed))
+        def fresh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return diversity.clusters(a, b, BINS, seed=self.seed)
 
         points = diversity.curve(*bins, angles=21).tolist()
         how = (f"{BINS} clusters, recall first", f"{BINS} clusters, precision first")
@@ -119,8 +120,9 @@ class Measured:
             ends = uncertainty.intervals(values, *bins, groups=GROUPS, seed=self.seed, support=(0.0, 1.0))
             found = [entry | interval(pair, jackknife(GROUPS)) for entry, pair in zip(found, ends)]
         if self.sure and len(self.real) >= 2 * BINS:
-            floors, used = uncertainty.floor(fresh, self.real, self.n, self.seed)
-            found = [entry | _floor(value, used) for entry, value in zip(found, floors)]
+            halves, used = uncertainty.floor(fresh, self.real, self.n, self.seed)
+            of_real = {"of_real": diversity.curve(*halves, angles=21).tolist()}
+            found = [entry | of_real | _floor(value, used) for entry, value in zip(found, values(*halves))]
         return dict(zip(("F8", "F1/8"), found))
 
     def authenticity(self) -> Entries:
