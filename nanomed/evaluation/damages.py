@@ -276,13 +276,14 @@ def page(found: Mapping, side: int) -> str:
         drawn = "".join(_cell(cells[label], label, found["images"]) for label in DAMAGES)
         arrow = {1: "higher is worse", -1: "lower is worse"}.get(cells["worse"], "")
         rows.append(f'<tr><td>{webpage.text(name)}<div class="soft">{arrow}</div></td>{drawn}</tr>')
-    body = f'<div class="scroll"><table class="matrix"><tr><th>measure</th>{head}</tr>{"".join(rows)}</table></div>'
+    grid = f'<table class="matrix"><tr><th>measure</th>{head}</tr>{"".join(rows)}</table>'
+    body = f'<div class="scroll">{grid}</div>'
     legend = (
         f"{SIGNS['monotone']} moves the right way with every strength, {SIGNS['right']} the right way but not at every "
         f"strength, {SIGNS['wrong']} the wrong way or there and back, {SIGNS['still']} within the interval of "
         f"undamaged images. Beside it: from how many images on the interval of strength {MIDDLE} is clear of the "
-        f"undamaged value (among {', '.join(map(str, found['counts']))}); a dash: at none of them. Above each damage: a "
-        f"picture of strength 4."
+        f"undamaged value (among {', '.join(map(str, found['counts']))}); a dash: at none of them. Above "
+        f"each damage: a picture of strength 4."
     )
     return webpage.page(
         "Which number to believe",

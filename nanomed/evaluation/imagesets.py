@@ -387,8 +387,8 @@ def exchanged_names(real: ImageSet, fake: ImageSet) -> list[str]:
     ):  # fmt: skip
         contrary = [stem for stem in mine if sounds.search(stem) and not other.search(stem)]
         if 2 * len(contrary) > len(mine):
-            lines.append(f"{_of(len(contrary), images)} of {images.name} do not sound {given} ({contrary[0]}): are --real "
-                         f"and --fake exchanged?")  # fmt: skip
+            lines.append(f"{_of(len(contrary), images)} of {images.name} do not sound {given} ({contrary[0]}): are "
+                         f"--real and --fake exchanged?")  # fmt: skip
     theirs = set(stems[0])
     same = [stem for stem in stems[1] if stem in theirs and len(re.sub(r"[\W\d_]", "", stem)) >= 3]
     if 2 * len(same) > len(stems[1]) and not lines:

@@ -255,9 +255,8 @@ def histogram(title: str, series: Mapping[str, np.ndarray], low: float, high: fl
         x, value = left + share * (width - 2 * left), low + share * (high - low)
         ticks.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="{anchor}" style="{_SMALL}">'
                      f"{value:.3g}{html.escape(unit if share == 1 else '')}</text>")  # fmt: skip
-    axis = (
-        f'<line x1="{left}" y1="{height - bottom}" x2="{width - left}" y2="{height - bottom}" style="stroke:var(--line)"/>'
-    )
+    base, right = height - bottom, width - left
+    axis = f'<line x1="{left}" y1="{base}" x2="{right}" y2="{base}" style="stroke:var(--line)"/>'
     key = "".join(f'<b style="background:{colour}"></b>{text(name)}' for colour, name in zip(_COLOURS, series))
     drawing = f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}{axis}{"".join(ticks)}</svg>'
     return f'<div><h3>{text(title)}</h3>{drawing}<div class="legend">{key}</div></div>'

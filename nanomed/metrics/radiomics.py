@@ -55,6 +55,13 @@ def quantised(image: np.ndarray, mask: np.ndarray, width: float) -> np.ndarray:
     return np.where(mask, bins - bins[mask].min() + 1, 0).astype(np.int64)
 
 
+def framed(x: np.ndarray) -> np.ndarray:
+    """With a frame of zeros, one wide, around (H, W)."""
+    out = np.zeros((x.shape[0] + 2, x.shape[1] + 2), dtype=x.dtype)
+    out[1:-1, 1:-1] = x
+    return out
+
+
 def first_order(values: np.ndarray, levels: np.ndarray, shift: float = 0.0, area: float = 1.0) -> list[float]:
     """FIRST_ORDER of the values (N,) under a mask of pixels of size `area` and their grey levels (N,); `shift` is added
     before squares of values, so that they count from above 0."""
@@ -106,7 +113,7 @@ def glcm(levels: np.ndarray, more: bool = False) -> list[float]:
 def _flat(levels: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """The pixels one after the other with a 0 behind each row, and how far apart the two of a pair are in each of
     STEPS: whatever leaves the image meets a 0."""
-    padded = np.pad(levels, ((0, 1), (0, 1)))
+    padded = framed(levels)[1:, 1:]
     return padded.ravel(), [down * padded.shape[1] + right for down, right in STEPS]
 
 
@@ -127,8 +134,8 @@ def _of_pairs(counts: np.ndarray, top: int, more: bool) -> list[float]:
     weighted = sums * squares
     variance = px @ (level - mean) ** 2
     joint, hx = -(c @ np.log2(entry + EPS)), entropy(px)
-    # HXY1 and HXY2, the entropies of px(i) px(j) under P and under itself, are both twice that of px, but for EPS inside
-    # the logarithms, which moves them by 1e-8 at most.
+    # HXY1 and HXY2, the entropies of px(i) px(j) under P and under itself, are both twice that of px, but for EPS in
+    # the logarithms, which moves them by some 1e-8.
     imc2 = np.sqrt(max(1 - np.exp(-2 * max(2 * hx - joint, 0.0)), 0.0))
     found = [
         c @ (i * j), mean, weighted @ squares, weighted @ off, weighted.sum(), differences @ dd,
@@ -250,7 +257,7 @@ def _of_table(level: np.ndarray, size: np.ndarray, pixels: int) -> list[float]:
 
 def _neighbours(levels: np.ndarray) -> np.ndarray:
     """The 8 neighbours (8, H, W) of every pixel, 0 beyond the image."""
-    padded, (height, width) = np.pad(levels, 1), levels.shape
+    padded, (height, width) = framed(levels), levels.shape
     steps = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
     return np.stack([padded[y : y + height, x : x + width] for y, x in steps])
 
@@ -269,11 +276,13 @@ def _known(shape: tuple[int, int]) -> np.ndarray:
 
 def ngtdm(levels: np.ndarray) -> list[float]:
     """NGTDM of grey levels (H, W)."""
-    inside, around = levels > 0, _sums(np.pad(levels, 1))
-    level = levels[inside]
-    known = (_sums(np.pad(inside.astype(np.int64), 1)) if not inside.all() else _known(levels.shape))[inside] - 1
-    average = (around[inside] - level) / np.maximum(known, 1)
-    apart = np.where(known > 0, np.abs(level - average), 0.0)
+    inside, around = levels > 0, _sums(framed(levels))
+    if inside.all():
+        known, around, level = _known(levels.shape).ravel() - 1, around.ravel(), levels.ravel()
+    else:
+        known, around, level = (x[inside] for x in (_sums(framed(inside.astype(np.int64))) - 1, around, levels))
+    average = (around - level) / np.maximum(known, 1)
+    apart = np.abs(level - average) * (known > 0)
     counts = np.bincount(level)
     i = np.flatnonzero(counts)
     s, p = np.bincount(level, apart)[i], counts[i] / len(level)
@@ -324,8 +333,9 @@ def features(
     inner = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     image, mask = image[inner], mask[inner]
     levels = quantised(image, mask, width)
+    values, of_them = (image.ravel(), levels.ravel()) if mask.all() else (image[mask], levels[mask])
     found = [
-        *first_order(image[mask], levels[mask], shift, area), *glcm(levels, everything), *glrlm(levels), *glszm(levels),
+        *first_order(values, of_them, shift, area), *glcm(levels, everything), *glrlm(levels), *glszm(levels),
         *ngtdm(levels), *(gldm(levels) if everything else []),
     ]  # fmt: skip
     return np.array(found, dtype=np.float64)
