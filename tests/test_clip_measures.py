@@ -278,7 +278,12 @@ def test_fbd_is_of_unit_class_tokens_and_objectives_are_neighbours_that_share_re
         tokens[name] = F.normalize(timm_vit(head, x), dim=1)
     settings = measuring.Settings(weights=str(tmp_path), cache=str(tmp_path / "cache"), intervals=False)
     with torch.inference_mode():
-        found = measuring.measure(measuring.Sets({"real": sets["real"]}, sets["fake"]), ("fbd",), settings).results
+        outcome = measuring.measure(measuring.Sets({"real": sets["real"]}, sets["fake"]), ("fbd",), settings)
+        plain = dataclasses.replace(sets["fake"], prompts=())
+        untold = measuring.measure(measuring.Sets({"real": sets["real"]}, plain), ("fbd",), settings)
+    found, left_out = outcome.results, "fidelity and agreement of MEDVQA-GI are left out"
+    assert list(untold.results) == ["FBD"] and any(note.startswith(left_out) for note in untold.notes)
+    assert not any(note.startswith(left_out) for note in outcome.notes)
     assert found["FBD"]["value"] == pytest.approx(scores.frechet_distance(tokens["real"], tokens["fake"]), abs=1e-5)
     assert "length 1" in found["FBD"]["protocol"] and "1 objectives" in found["MEDVQA-GI fidelity"]["protocol"]
     one = medvqa.Objective(tokens["fake"][:2], tokens["fake"][2:4], tokens["real"][:4])

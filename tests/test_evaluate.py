@@ -706,7 +706,7 @@ def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys)
     assert {"FID", "KID", "IS", "precision", "density", "authenticity", "Vendi score"} <= set(results)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured: ")]
     lines = "\n".join(said)
-    assert "kfd: mmuratarat/kvasir-v2-classifier was not found" in lines and "hf download mmuratarat/kvasir" in lines
+    assert "kfd: mmuratarat/kvasir-v2-classifier is missing; get it with: hf download mmuratarat/kvasir" in lines
     assert "faithfulness: needs the prompts" in lines and "classify: needs the class of every image" in lines
     named = {name.strip() for line in said for name in line.removeprefix("not measured: ").split(": ")[0].split(",")}
     measured = {name for name in measuring.METRICS if name not in named}
@@ -720,6 +720,10 @@ def test_without_the_inception_file_all_goes_on(run, folders, capsys):
     assert "colour mean distance" in results and "FID" not in results
     said = capsys.readouterr().out
     assert "not measured: fid, kid, is, pr, dc, fbeta, authenticity, vendi: FID needs the Inception" in said
+    lines = [line for line in said.splitlines() if line.startswith("not measured: ")]
+    (dino,) = [line for line in lines if line.startswith("not measured: dino")]
+    assert "facebook/dinov2-large is missing; get it with: hf download facebook/dinov2-large --include" in dino
+    assert all("not found at" not in line for line in lines)  # the command, not where it was looked for
 
 
 def test_generated_images_as_the_real_ones_are_named(run, folders, tmp_path, capsys):

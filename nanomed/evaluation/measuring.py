@@ -3,6 +3,7 @@
 `measure` decodes every image once, brings each through each network once, on all ranks, and then computes on one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -205,6 +206,9 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             columns = eyes.survey(real).columns, eyes.survey(fake).columns
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
         outcome.runs[name] = {metric: entry | {"real": real.digest} for metric, entry in run.items()}
+    if "fbd" in networks and "MEDVQA-GI fidelity" not in {metric for run in outcome.runs.values() for metric in run}:
+        notes.append("fidelity and agreement of MEDVQA-GI are left out: they need prompts of generated images, two in a "
+                     "row the same in other words, and real images that answer both")  # fmt: skip
     for name, known in sets.statistics.items():
         if "fid" in wanted:
             try:
@@ -290,8 +294,14 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
             except weights.WeightsNotFound as error:
                 if lacking is None:
                     raise
-                lacking[name] = str(error)
+                lacking[name] = _download(error)
     return found
+
+
+def _download(error: weights.WeightsNotFound) -> str:
+    """What is missing and the command that gets it, without the places that were looked at, where an error says both."""
+    said = re.fullmatch(r"(\S+) was not found at .*; get it with: (.*)", str(error), re.DOTALL)
+    return f"{said[1]} is missing; get it with: {said[2]}" if said else str(error)
 
 
 def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
