@@ -207,8 +207,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
         outcome.runs[name] = {metric: entry | {"real": real.digest} for metric, entry in run.items()}
     if "fbd" in networks and "MEDVQA-GI fidelity" not in {metric for run in outcome.runs.values() for metric in run}:
-        notes.append("fidelity and agreement of MEDVQA-GI are left out: they need prompts of generated images, two in a "
-                     "row the same in other words, and real images that answer both")  # fmt: skip
+        notes.append("fidelity and agreement of MEDVQA-GI are left out: they need prompts of generated images, two "
+                     "in a row the same in other words, and real images that answer both")  # fmt: skip
     for name, known in sets.statistics.items():
         if "fid" in wanted:
             try:
@@ -299,7 +299,7 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
 
 
 def _download(error: weights.WeightsNotFound) -> str:
-    """What is missing and the command that gets it, without the places that were looked at, where an error says both."""
+    """What is missing and the command that gets it, without the places that were looked at."""
     said = re.fullmatch(r"(\S+) was not found at .*; get it with: (.*)", str(error), re.DOTALL)
     return f"{said[1]} is missing; get it with: {said[2]}" if said else str(error)
 

@@ -46,6 +46,7 @@ ul { margin: 0; padding-left: 1.2em; } li { margin-bottom: 4px; overflow-wrap: a
 .verdict.alarm { border-color: #b3261e; background: var(--bad); }
 .verdict.clear { border-color: #2e7d4f; background: var(--best); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 18px; }
+.charts > div { max-width: 420px; }
 svg { width: 100%; height: auto; display: block; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; margin-top: 20px; }
 .pair { border: 1px solid var(--line); border-radius: 8px; padding: 8px; min-width: 0; }
