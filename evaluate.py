@@ -152,11 +152,12 @@ def find_sets(config: Config):
     toy_world = any(spec.startswith("toy") for spec in found)
     notes = [
         f"{spec} holds the manifest.jsonl of sample.py, which lies beside generated images: "
-        + ("are these real?" if (folder / "manifest.jsonl").is_file() else "are --real and --fake exchanged?")
+        + ("are these real?" if imagesets.drawn_here(folder) else "are --real and --fake exchanged?")
         for spec in found
-        if (Path(spec) / "manifest.jsonl").is_file()
+        if imagesets.drawn_here(spec)
     ]
     notes = notes or [said for spec in found if (said := imagesets.exchanged(spec, config.fake))]
+    notes = notes or [said for images in found.values() for said in imagesets.exchanged_names(images, fake)]
     return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes, statistics=known)
 
 

@@ -1,5 +1,7 @@
 """FBD's BiomedCLIP against a plain ViT by timm's names, CLIPScore against transformers, both from pixels."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from nanomed import weights
 from nanomed.evaluation import extractors, imagesets, measuring
-from nanomed.metrics import entries, scores
+from nanomed.metrics import entries, medvqa, scores
 from nanomed.metrics.networks import biomedclip
 from nanomed.metrics.networks.vit import VitConfig
 from nanomed.text.bert import BertConfig
@@ -224,3 +226,68 @@ def test_biomedclip_score_is_asked_for_by_name(biomed, monkeypatch):
     (root / biomedclip.REPOSITORY / "vocab.txt").unlink()
     with pytest.raises(weights.WeightsNotFound, match="neither vocab.txt nor tokenizer.json"):
         extractors.biomedclip(str(root), 2, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------ MEDVQA-GI 2025
+
+
+def test_the_organisers_numbers_by_their_own_steps():
+    """Fidelity, agreement, diversity with scipy and scikit-learn as the scoring script has them, on all objectives."""
+    from scipy.linalg import sqrtm
+    from scipy.spatial.distance import pdist
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    def fid(a, b):
+        s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+
+    draw = torch.Generator().manual_seed(3)
+    sides = [[F.normalize(torch.randn(n, 6, generator=draw) + i, dim=1) for n in (10, 12, 25)] for i in range(3)]
+    objectives = [medvqa.Objective(*three) for three in sides]
+    prompts = [x for three in sides for x in three[:2]]
+    found = entries.medvqa2025(objectives, prompts, "p", "n", (75, 66))
+    numpy = [[x.double().numpy() for x in three] for three in sides]
+    fidelity = np.mean([100 / (1 + (fid(a, real) + fid(b, real)) / 2) for a, b, real in numpy])
+    agreement = np.mean([cosine_similarity(a, b).mean() for a, b, _ in numpy])
+    diversity = np.mean([pdist(x).mean() for three in numpy for x in three[:2]])
+    for name, theirs in (("fidelity", fidelity), ("agreement", agreement), ("diversity", diversity)):
+        entry = found[f"MEDVQA-GI {name}"]
+        assert entry["value"] == pytest.approx(theirs, rel=1e-6), name
+        assert entry["interval"]["low"] <= entry["value"] <= entry["interval"]["high"] and "flag" in entry
+        assert entry["floor"]["n"] == 8 and entry["floor"]["value"] > 0  # a third of 25 real images
+    assert entries.medvqa2025([], [], "p", "n", (3, 3)) == {}
+
+
+def test_fbd_is_of_unit_class_tokens_and_objectives_are_neighbours_that_share_real_images(tmp_path, monkeypatch):
+    place = tmp_path / biomedclip.REPOSITORY
+    place.mkdir(parents=True)
+    tensors, load = open_clip_file(place, "pickle"), biomedclip.load
+    monkeypatch.setattr(biomedclip, "load", lambda folder: load(folder, SMALL))
+    draw = np.random.default_rng(1)
+    told = [(prompt,) for prompt in ("a polyp", "one polyp", "nothing", "an instrument") for _ in range(2)]
+    sides = {"real": [("a polyp", "one polyp")] * 4 + [("nothing",)] * 2, "fake": told}
+    sets, tokens = {}, {}
+    for name, prompts in sides.items():
+        images = [draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in prompts]
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+        sets[name] = dataclasses.replace(imagesets.find(str(tmp_path / name)), prompts=tuple(prompts))
+        head = tensors | {"visual.head.proj.weight": torch.eye(32)}  # so that the token itself comes out
+        x = torch.stack([preprocess(Image.fromarray(image), 32) for image in images])
+        tokens[name] = F.normalize(timm_vit(head, x), dim=1)
+    settings = measuring.Settings(weights=str(tmp_path), cache=str(tmp_path / "cache"), intervals=False)
+    with torch.inference_mode():
+        outcome = measuring.measure(measuring.Sets({"real": sets["real"]}, sets["fake"]), ("fbd",), settings)
+        plain = dataclasses.replace(sets["fake"], prompts=())
+        untold = measuring.measure(measuring.Sets({"real": sets["real"]}, plain), ("fbd",), settings)
+    found, left_out = outcome.results, "fidelity and agreement of MEDVQA-GI are left out"
+    assert list(untold.results) == ["FBD"] and any(note.startswith(left_out) for note in untold.notes)
+    assert not any(note.startswith(left_out) for note in outcome.notes)
+    assert found["FBD"]["value"] == pytest.approx(scores.frechet_distance(tokens["real"], tokens["fake"]), abs=1e-5)
+    assert "length 1" in found["FBD"]["protocol"] and "1 objectives" in found["MEDVQA-GI fidelity"]["protocol"]
+    one = medvqa.Objective(tokens["fake"][:2], tokens["fake"][2:4], tokens["real"][:4])
+    assert found["MEDVQA-GI fidelity"]["value"] == pytest.approx(medvqa.fidelity(one), rel=1e-5)
+    assert found["MEDVQA-GI agreement"]["value"] == pytest.approx(medvqa.agreement(one), rel=1e-5)
+    pairs = [medvqa.diversity(tokens["fake"][i : i + 2]) for i in (0, 2, 4, 6)]
+    assert found["MEDVQA-GI diversity"]["value"] == pytest.approx(np.mean(pairs), rel=1e-4)

@@ -706,7 +706,7 @@ def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys)
     assert {"FID", "KID", "IS", "precision", "density", "authenticity", "Vendi score"} <= set(results)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured: ")]
     lines = "\n".join(said)
-    assert "kfd: mmuratarat/kvasir-v2-classifier was not found" in lines and "hf download mmuratarat/kvasir" in lines
+    assert "kfd: mmuratarat/kvasir-v2-classifier is missing; get it with: hf download mmuratarat/kvasir" in lines
     assert "faithfulness: needs the prompts" in lines and "classify: needs the class of every image" in lines
     named = {name.strip() for line in said for name in line.removeprefix("not measured: ").split(": ")[0].split(",")}
     measured = {name for name in measuring.METRICS if name not in named}
@@ -720,6 +720,10 @@ def test_without_the_inception_file_all_goes_on(run, folders, capsys):
     assert "colour mean distance" in results and "FID" not in results
     said = capsys.readouterr().out
     assert "not measured: fid, kid, is, pr, dc, fbeta, authenticity, vendi: FID needs the Inception" in said
+    lines = [line for line in said.splitlines() if line.startswith("not measured: ")]
+    (dino,) = [line for line in lines if line.startswith("not measured: dino")]
+    assert "facebook/dinov2-large is missing; get it with: hf download facebook/dinov2-large --include" in dino
+    assert all("not found at" not in line for line in lines)  # the command, not where it was looked for
 
 
 def test_generated_images_as_the_real_ones_are_named(run, folders, tmp_path, capsys):
@@ -732,6 +736,35 @@ def test_generated_images_as_the_real_ones_are_named(run, folders, tmp_path, cap
     assert "are --real and --fake exchanged?" in said
     run("--real", folders / "real", "--fake", drawn, "--metrics", "colour")
     assert "holds the manifest.jsonl" not in capsys.readouterr().out
+    (tmp_path / "x").mkdir()
+    drawn.rename(tmp_path / "x" / "test")  # a run of train.py, and images in folders below the manifest
+    run("--real", tmp_path / "x", "--fake", folders / "real", "--metrics", "colour")
+    assert f"{tmp_path / 'x'} holds the manifest.jsonl of sample.py" in capsys.readouterr().out
+    (tmp_path / "x" / "test" / "manifest.jsonl").rename(tmp_path / "x" / "manifest.jsonl")
+    assert imagesets.drawn_here(tmp_path / "x" / "test") is None  # names none of these images
+    names = [json.dumps({"file": f"test/{path.name}"}) for path in (tmp_path / "x" / "test").iterdir()]
+    (tmp_path / "x" / "manifest.jsonl").write_text("\n".join(names))
+    run("--real", tmp_path / "x" / "test", "--fake", folders / "real", "--metrics", "colour")
+    assert f"{tmp_path / 'x' / 'test'} holds the manifest.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("real, fake, said", [
+    ("fake_{}", "{}", "4 of 4 images of A do not sound real (fake_0): are --real and --fake exchanged?"),
+    ("{}", "real-{}", "4 of 4 images of B do not sound generated (real-0): are --real and --fake exchanged?"),
+    ("ISIC_{}", "ISIC_{}", "4 of 4 images of B bear the names of images of A (ISIC_0): are they made from these"),
+    ("{}", "{}", ""),
+    ("real_{}", "sample_{}", ""),
+    ("img_{}", "0{}", ""),
+])  # fmt: skip
+def test_names_of_images_that_say_the_contrary_are_named(folders, tmp_path, capsys, run, real, fake, said):
+    for name, spelled, source in (("A", real, "real"), ("B", fake, "fake")):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(sorted((folders / source).iterdir())[:4]):
+            shutil.copy(image, tmp_path / name / f"{spelled.format(i)}{image.suffix}")
+    run("--real", f"A={tmp_path / 'A'}", "--fake", tmp_path / "B", "--metrics", "colour", "--intervals", "no")
+    told = capsys.readouterr().out
+    assert said.replace("of A", f"of {tmp_path / 'A'}").replace("of B", f"of {tmp_path / 'B'}") in told
+    assert said or ("exchanged" not in told and "bear the names" not in told)
 
 
 def test_statistics_of_pytorch_fid_and_clean_fid_stand_for_real_images(run, folders, network, tmp_path, capsys):

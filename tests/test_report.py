@@ -32,7 +32,7 @@ ALLOWED = {
     "td": {"class", "data-label"}, "span": {"class", "title"}, "ul": set(), "li": set(), "b": {"style"},
     "figure": set(), "figcaption": set(), "img": {"class", "alt", "src"}, "details": set(), "summary": set(),
     "svg": {"viewbox", "role"}, "polygon": {"points", "style"}, "line": {"x1", "y1", "x2", "y2", "style"},
-    "text": {"x", "y", "text-anchor", "style"},
+    "polyline": {"points", "style"}, "text": {"x", "y", "text-anchor", "style"},
 }  # fmt: skip
 
 
@@ -215,3 +215,16 @@ def test_small_numbers_of_images_are_flagged():
     results = {"FID": entry(2.0, n=50) | entries.small(50, biased=True)}
     assert "! FID: N = 50 is below 2,048" in table.full(results)
     assert "below 2,048" in webpage.measures(results)
+
+
+def test_the_curve_of_precision_over_recall_goes_through_its_points():
+    points = [(0.0, 1.0), (0.5, 0.75), (1.0, 0.0)]
+    drawn = webpage.curves(NASTY[0], {"generated": points, "real <b>": points[:2]}, "recall", "precision <i>")
+    reader = Reader(drawn)
+    assert all(set(attributes) <= ALLOWED[tag] for tag, attributes in reader.elements)
+    svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", drawn).group())
+    lines = [line.get("points") for line in svg.findall("polyline")]
+    low, middle, high = (tuple(map(float, point.split(","))) for point in lines[0].split())
+    assert lines[1] == " ".join(lines[0].split()[:2])
+    assert low[0] < middle[0] == (low[0] + high[0]) / 2 and low[1] < middle[1] < high[1]  # SVG counts downwards
+    assert (high[1] - middle[1]) / (high[1] - low[1]) == pytest.approx(0.75, abs=1e-3)

@@ -261,28 +261,29 @@ def matrix(count: int, side: int, counts: Sequence[int], say: Callable[[str], No
 # ----------------------------------------------------------------------------------------------------------- the page
 
 SIGNS = {"monotone": "●", "right": "○", "wrong": "×", "still": "·"}
-_TINTS = {"monotone": "#d9efe0", "right": "#eef6e4", "wrong": "#fbdedb", "still": "#ffffff"}
 
 
 def page(found: Mapping, side: int) -> str:
     """The matrix as HTML: a curve over the strengths in every cell, pictures of every damage above."""
-    pictures, few = [], scenes(FAKE, 12, side)
+    pictures, head, few = [], "", scenes(FAKE, 12, side)
     row = next(i for i, polyp in enumerate(few.polyps) if polyp)
     for label, damage in DAMAGES.items():
         shown = [webpage.Picture(damage(few, much).images[row], f"strength {much}") for much in (1, 2, 4, 5)]
         pictures.append(webpage.Row(label, [webpage.Picture(few.images[row], "undamaged")], shown, "undamaged"))
-    head = "".join(f"<th>{webpage.text(label)}</th>" for label in DAMAGES)
+        head += f"<th>{webpage.thumbnail(shown[2].image)}{webpage.text(label)}</th>"
     rows = []
     for name, cells in found["measures"].items():
         drawn = "".join(_cell(cells[label], label, found["images"]) for label in DAMAGES)
         arrow = {1: "higher is worse", -1: "lower is worse"}.get(cells["worse"], "")
         rows.append(f'<tr><td>{webpage.text(name)}<div class="soft">{arrow}</div></td>{drawn}</tr>')
-    body = f'<div class="scroll"><table><tr><th>measure</th>{head}</tr>{"".join(rows)}</table></div>'
+    grid = f'<table class="matrix"><tr><th>measure</th>{head}</tr>{"".join(rows)}</table>'
+    body = f'<div class="scroll">{grid}</div>'
     legend = (
         f"{SIGNS['monotone']} moves the right way with every strength, {SIGNS['right']} the right way but not at every "
         f"strength, {SIGNS['wrong']} the wrong way or there and back, {SIGNS['still']} within the interval of "
         f"undamaged images. Beside it: from how many images on the interval of strength {MIDDLE} is clear of the "
-        f"undamaged value (among {', '.join(map(str, found['counts']))}); a dash: at none of them."
+        f"undamaged value (among {', '.join(map(str, found['counts']))}); a dash: at none of them. Above "
+        f"each damage: a picture of strength 4."
     )
     return webpage.page(
         "Which number to believe",
@@ -296,11 +297,11 @@ def _cell(cell: Mapping, label: str, count: int) -> str:
     values = np.array(cell["values"], dtype=float)
     span = np.ptp(values) or 1.0
     points = " ".join(f"{4 + 12 * i},{26 - 22 * (v - values.min()) / span:.1f}" for i, v in enumerate(values))
-    drawing = (f'<svg viewBox="0 0 68 30" style="min-width:60px"><polyline points="{points}" '
-               f'style="fill:none;stroke:#33475b;stroke-width:1.6"/></svg>')  # fmt: skip
+    drawing = (f'<svg viewBox="0 0 68 30"><polyline points="{points}" '
+               f'style="fill:none;stroke:var(--ink);stroke-width:1.8"/></svg>')  # fmt: skip
     said = ", ".join(f"{value:.4g}" for value in values)
     mark = f"{SIGNS[cell['verdict']]} {cell['clear_at'] or '–'}"
-    return f'<td title="{label}: {said}" style="background:{_TINTS[cell["verdict"]]}">{drawing}{mark}</td>'
+    return f'<td title="{label}: {said}" class="{cell["verdict"]}">{drawing}{mark}</td>'
 
 
 def markdown(found: Mapping) -> str:

@@ -6,8 +6,8 @@ vit         class tokens of a published classifier: KFD, HFD
 dino        class tokens of DINOv2: FD-DINOv2, and neighbours among them
 swav        pooled features of SwAV's ResNet-50
 cmmd        image embeddings of CLIP ViT-L/14 at 336 pixels
-fbd         image embeddings of BiomedCLIP
-biomedclip  the same, for their cosine with embeddings of the prompts
+fbd         class tokens of BiomedCLIP, and its image embeddings
+biomedclip  the same, for the cosine of embeddings with embeddings of the prompts
 clip        image embeddings of CLIP ViT-B/32, which CLIPScore takes the cosine of with those of the prompts
 radiomic    radiomic features, without a network: FRD
 stand_in    features of the toy world's classifier, where there is no Inception file
@@ -134,16 +134,22 @@ def squashed(pixels: Tensor, size: int) -> Tensor:
 
 
 def fbd(folder: str, batch: int, device: Device) -> Extractor:
-    """{"features": (N, 512)}: BiomedCLIP's image embeddings, not normalised. Raises WeightsNotFound with the download
-    command."""
+    """{"features": (N, 512), "tokens": (N, 768)}: BiomedCLIP's image embeddings as they are, and its class tokens at
+    length 1, which MEDVQA-GI 2025 takes FBD of. Raises WeightsNotFound with the download command."""
     network = biomedclip_vision.load(weights.find(biomedclip_vision.REPOSITORY, folder or None))
     fingerprint, size = weights.fingerprint(network), network.config.image_size
     network.to(device)
 
-    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
-        return {"features": features.embedded(network, images, lambda x: cropped(x, size), batch, device)}
+    def see(pixels: Tensor) -> Tensor:
+        tokens, embeddings = network.both(pixels)
+        return torch.cat([F.normalize(tokens, dim=1), embeddings], 1)
 
-    return Extractor("BiomedCLIP embedding", "224, bicubic, centre crop", fingerprint, columns)
+    def columns(images: Iterable[np.ndarray]) -> dict[str, Tensor]:
+        both = features.embedded(see, images, lambda x: cropped(x, size), batch, device)
+        tokens, embeddings = both.tensor_split([network.config.hidden_size], dim=1)
+        return {"features": embeddings.clone(), "tokens": tokens.clone()}
+
+    return Extractor("BiomedCLIP", "224, bicubic, centre crop", fingerprint, columns)
 
 
 BIOMED_TEXT = BertConfig(30522, 768, 12, 12, 3072)  # PubMedBERT's shape

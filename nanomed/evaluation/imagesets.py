@@ -356,6 +356,47 @@ def exchanged(real: str, fake: str) -> str:
     return ""
 
 
+def drawn_here(folder: str | Path) -> Path | None:
+    """The manifest.jsonl of sample.py among the images of a folder: in it, in a folder below, such as the `test` of a
+    run, or above it, where it names an image of the folder; None where there is none."""
+    folder = Path(folder)
+    places = [folder, folder.parent, *sorted(folder.glob("*/"))] if folder.is_dir() else []
+    return next((place / "manifest.jsonl" for place in places if _draws(place / "manifest.jsonl", folder)), None)
+
+
+def _draws(manifest: Path, folder: Path) -> bool:
+    """Whether a manifest is there, and that of the folder or of an image which lies below it."""
+    if not manifest.is_file() or manifest.parent == folder:
+        return manifest.is_file()
+    with open(manifest, encoding="utf-8", errors="replace") as lines:
+        first = lines.readline()
+    try:
+        image = (manifest.parent / json.loads(first)["file"]).resolve()
+    except (ValueError, KeyError, TypeError):
+        return False
+    return image.is_file() and image.is_relative_to(folder.resolve())
+
+
+def exchanged_names(real: ImageSet, fake: ImageSet) -> list[str]:
+    """A line for each of: real images that are called generated, generated ones called real, and generated images that
+    bear the names of real ones (counters alone say nothing)."""
+    stems = [[path.stem for path in images.sources if isinstance(path, Path)] for images in (real, fake)]
+    lines = []
+    for images, mine, sounds, other, given in (
+        (real, stems[0], _GENERATED, _REAL, "real"), (fake, stems[1], _REAL, _GENERATED, "generated")
+    ):  # fmt: skip
+        contrary = [stem for stem in mine if sounds.search(stem) and not other.search(stem)]
+        if 2 * len(contrary) > len(mine):
+            lines.append(f"{_of(len(contrary), images)} of {images.name} do not sound {given} ({contrary[0]}): are "
+                         f"--real and --fake exchanged?")  # fmt: skip
+    theirs = set(stems[0])
+    same = [stem for stem in stems[1] if stem in theirs and len(re.sub(r"[\W\d_]", "", stem)) >= 3]
+    if 2 * len(same) > len(stems[1]) and not lines:
+        lines.append(f"{_of(len(same), fake)} of {fake.name} bear the names of images of {real.name} ({same[0]}): are "
+                     f"they made from these, or the real images themselves?")  # fmt: skip
+    return lines
+
+
 def _of(count: int, images: ImageSet) -> str:
     return f"{count:,} of {len(images):,} images"
 

@@ -3,6 +3,7 @@
 `measure` decodes every image once, brings each through each network once, on all ranks, and then computes on one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from nanomed.evaluation import extractors, imagesets, toyworld
 from nanomed.evaluation.imagesets import ImageSet, Survey
 from nanomed.evaluation.statistics import Statistics
 from nanomed.evaluation.store import Extractor, Store, cached_as
-from nanomed.metrics import downstream, entries, memorisation, scores, uncertainty
+from nanomed.metrics import downstream, entries, medvqa, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
 from nanomed.metrics.networks import vit
@@ -205,6 +206,9 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             columns = eyes.survey(real).columns, eyes.survey(fake).columns
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
         outcome.runs[name] = {metric: entry | {"real": real.digest} for metric, entry in run.items()}
+    if "fbd" in networks and "MEDVQA-GI fidelity" not in {metric for run in outcome.runs.values() for metric in run}:
+        notes.append("fidelity and agreement of MEDVQA-GI are left out: they need prompts of generated images, two "
+                     "in a row the same in other words, and real images that answer both")  # fmt: skip
     for name, known in sets.statistics.items():
         if "fid" in wanted:
             try:
@@ -290,8 +294,14 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
             except weights.WeightsNotFound as error:
                 if lacking is None:
                     raise
-                lacking[name] = str(error)
+                lacking[name] = _download(error)
     return found
+
+
+def _download(error: weights.WeightsNotFound) -> str:
+    """What is missing and the command that gets it, without the places that were looked at."""
+    said = re.fullmatch(r"(\S+) was not found at .*; get it with: (.*)", str(error), re.DOTALL)
+    return f"{said[1]} is missing; get it with: {said[2]}" if said else str(error)
 
 
 def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
@@ -307,9 +317,12 @@ def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
 def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings, device) -> Entries:
     """Everything that compares features of one real set with those of the generated images."""
     results: Entries = {}
-    for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD"), ("fbd", "FBD")):
+    for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD")):
         if key in networks:
             results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
+    if "fbd" in networks:
+        tokens = _measured(networks["fbd"], found["fbd"], real, fake, settings, device, "tokens")
+        results |= tokens.frechet("FBD") | _medvqa(tokens, real, fake)
     if "dino" in networks:
         dino = _measured(networks["dino"], found["dino"], real, fake, settings, device)
         results |= dino.frechet("FD-DINOv2")
@@ -370,10 +383,30 @@ def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:
     return results
 
 
-def _measured(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings, device) -> entries.Measured:
+def _medvqa(sets: entries.Measured, real: ImageSet, fake: ImageSet) -> Entries:
+    """MEDVQA-GI's numbers, where there are prompts: the first and second, third and fourth, ... are an objective where
+    real images answer both."""
+    places: dict[str, list[int]] = {}
+    for row, prompts in enumerate(fake.prompts):
+        places.setdefault(prompts[0], []).append(row)
+    answer = [set(prompts) for prompts in real.prompts]
+    told, objectives = list(places), []
+    for one, other in zip(told[::2], told[1::2]):
+        both = [row for row, prompts in enumerate(answer) if {one, other} <= prompts]
+        if min(len(both), len(places[one]), len(places[other])) >= medvqa.LEAST:
+            objectives.append(medvqa.Objective(sets.fake[places[one]], sets.fake[places[other]], sets.real[both]))
+    each = [sets.fake[rows] for rows in places.values() if len(rows) >= medvqa.LEAST]
+    counts = len(real), len(fake)
+    return entries.medvqa2025(objectives, each, sets.protocol, sets.network, counts, sets.sure, sets.seed)
+
+
+def _measured(
+    network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings, device, column: str = "features"
+) -> entries.Measured:
     stand_in = network.name in STAND_IN.replace("-", " ")
     protocol = network.name if stand_in else f"{network.name}, {network.protocol}"
-    features = [found[images.hashes]["features"].to(device) for images in (real, fake)]
+    features = [found[images.hashes][column].to(device) for images in (real, fake)]
+    protocol += {"tokens": ", class token of length 1"}.get(column, "")
     prefix = f"{STAND_IN.split()[0]} " if stand_in else ""
     return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed, settings.k)
 

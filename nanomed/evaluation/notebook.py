@@ -59,7 +59,8 @@ def evaluate(
         given = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
         found = {name: _set(images, name, Path(room), how.cache) for name, images in given.items()}
         known = found.get("train", found["real"])
-        sets = measuring.Sets({"real": found["real"]}, found["fake"], known, train is not None)
+        notes = imagesets.exchanged_names(found["real"], found["fake"])
+        sets = measuring.Sets({"real": found["real"]}, found["fake"], known, train is not None, notes=notes)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         measuring.exactly()
         outcome = measuring.measure(sets, asked, how, Ranks(device=torch.device(device)))

@@ -34,6 +34,7 @@ def page(outcome: Outcome) -> str:
             ("Notes", webpage.bullets([*outcome.notes, *(f"not measured: {line}" for line in lacking(outcome))])),
             ("Real and generated", webpage.side_by_side(list(_rows(first, sets.fake)) if first else [])),
             ("Nearest training images", _memorisation(outcome)),
+            ("Precision and recall", _curves(outcome)),
             ("Colours", _colours(outcome)),
         ],
     )
@@ -144,6 +145,21 @@ def _memorisation(outcome: Outcome) -> str:
         said = f"{pair.distance:.3g} {unit}, p = {pair.p:.2g}{': a copy' if pair.flagged else ''}"
         pairs.append((fake, real, said, pair.flagged))
     return webpage.verdict(found.verdict, found.alarm) + webpage.charts(drawings) + webpage.pairs(pairs)
+
+
+def _curves(outcome: Outcome) -> str:
+    """The F-beta curves: precision over recall where F8 was measured, a drawing for each set and network, and
+    beside it the curve between two disjoint sets of real images."""
+    drawings = []
+    for name, entry in outcome.results.items():
+        if "curve" not in entry or not table.base(name).endswith("F8"):
+            continue  # F1/8 has the same curve
+        lines = {"real to generated": [(recall, precision) for precision, recall in entry["curve"]]}
+        if "of_real" in entry:
+            lines["real to real"] = [(recall, precision) for precision, recall in entry["of_real"]]
+        title = f"{name.replace('F8', '').strip()} {entry['protocol'].split(',')[0]}".strip()
+        drawings.append(webpage.curves(title, lines, "recall", "precision"))
+    return webpage.charts(drawings) if drawings else ""
 
 
 def _colours(outcome: Outcome) -> str:

@@ -17,7 +17,7 @@ DECISIVE = {"protocol": "protocol", "network": "network", "real": "real images"}
 _DECIMALS = {"FID": 4, "KID": 5, "IS": 3, "KFD": 4, "HFD": 4}  # the papers' digits or more; others have 4
 _LOWER = ("FID", "KID", "KFD", "HFD", "FD-DINOv2", "CMMD", "SwAV-FD", "FBD", "FRD", "distance", "copies")
 _HIGHER = ("IS", "CLIPScore", "BiomedCLIP score", "precision", "recall", "F1", "F8", "F1/8", "density", "coverage",
-           "classifier", "faithfulness", "yes/no", "position")  # fmt: skip
+           "classifier", "faithfulness", "yes/no", "position", "MEDVQA-GI fidelity", "MEDVQA-GI agreement")  # fmt: skip
 
 
 def base(name: str) -> str:

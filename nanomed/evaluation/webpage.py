@@ -20,7 +20,7 @@ SHOWN = 280  # characters of a prompt before it folds
 
 STYLE = """
 :root { --ink: #1d2733; --soft: #5b6877; --line: #dde3ea; --paper: #ffffff; --tint: #f5f7fa; --real: #1f6fb2;
-  --fake: #d1661a; --best: #e7f3ec; }
+  --fake: #d1661a; --best: #e7f3ec; --fair: #eef6e4; --bad: #fdecea; --warn: #9a4d00; color-scheme: light dark; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--tint); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -39,13 +39,14 @@ th:first-child, td:first-child, table.cards th:last-child { text-align: left; }
 th { color: var(--soft); font-weight: 600; }
 td.wrap { white-space: normal; text-align: left; color: var(--soft); font-size: .85rem; min-width: 12em; }
 td.best { background: var(--best); font-weight: 700; }
-td .flag { color: #9a4d00; font-weight: 700; }
+td .flag { color: var(--warn); font-weight: 700; }
 .scroll { overflow-x: auto; } .below { margin-top: 14px; }
 ul { margin: 0; padding-left: 1.2em; } li { margin-bottom: 4px; overflow-wrap: anywhere; }
 .verdict { border-left: 4px solid var(--soft); background: var(--tint); padding: 10px 14px; margin-bottom: 16px; }
-.verdict.alarm { border-color: #b3261e; background: #fdecea; }
-.verdict.clear { border-color: #2e7d4f; background: #e7f3ec; }
+.verdict.alarm { border-color: #b3261e; background: var(--bad); }
+.verdict.clear { border-color: #2e7d4f; background: var(--best); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 18px; }
+.charts > div { max-width: 420px; }
 svg { width: 100%; height: auto; display: block; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px; margin-top: 20px; }
 .pair { border: 1px solid var(--line); border-radius: 8px; padding: 8px; min-width: 0; }
@@ -62,7 +63,18 @@ img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #000; borde
 img.small { image-rendering: pixelated; }
 details summary { cursor: pointer; color: var(--soft); }
 .legend b { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 4px 0 10px; }
+table.matrix { table-layout: fixed; min-width: 1030px; font-size: .8rem; }
+table.matrix th, table.matrix td { padding: 4px 5px; white-space: normal; text-align: center; vertical-align: bottom;
+  line-height: 1.25; }
+table.matrix th { font-size: .74rem; }
+table.matrix th:first-child, table.matrix td:first-child { text-align: left; width: 148px; vertical-align: middle;
+  position: sticky; left: 0; background: var(--paper); overflow-wrap: anywhere; }
+table.matrix td .soft { font-size: .72rem; }
+table.matrix td svg { width: 56px; height: 26px; margin: 0 auto 2px; }
+table.matrix th img { width: 52px; margin: 0 auto 4px; }
+td.monotone { background: var(--best); } td.right { background: var(--fair); } td.wrong { background: var(--bad); }
 @media (max-width: 680px) {
+  table.matrix th:first-child, table.matrix td:first-child { width: 104px; }
   body { font-size: 15px; } main { padding: 10px 10px 40px; } section { padding: 14px; border-radius: 8px; }
   .sides { grid-template-columns: 1fr; gap: 10px; } .pairs { grid-template-columns: 1fr 1fr; gap: 10px; }
   table.cards thead { display: none; }
@@ -75,6 +87,10 @@ details summary { cursor: pointer; color: var(--soft); }
   table.cards td:last-child { flex: 1 0 100%; }
   table.cards td:nth-child(n+3)::before { content: attr(data-label) ": "; }
   table.cards td.none { display: none; }
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e8ee; --soft: #9aa7b5; --line: #323c48; --paper: #1a2129; --tint: #12171d; --real: #6fb1e8;
+    --fake: #f09a5b; --best: #1d3b2b; --fair: #2b3620; --bad: #4a2422; --warn: #f0b36b; }
 }
 """
 
@@ -218,6 +234,7 @@ def pairs(found: Sequence[tuple[Picture, Picture, str, bool]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- charts
 
 _COLOURS = ("var(--real)", "var(--fake)", "#6b7785")
+_SMALL = "font-size:11px;fill:var(--soft)"
 
 
 def histogram(title: str, series: Mapping[str, np.ndarray], low: float, high: float, unit: str = "") -> str:
@@ -237,13 +254,33 @@ def histogram(title: str, series: Mapping[str, np.ndarray], low: float, high: fl
     ticks = []
     for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
         x, value = left + share * (width - 2 * left), low + share * (high - low)
-        ticks.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="{anchor}" style="font-size:11px;fill:#5b6877">'
+        ticks.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="{anchor}" style="{_SMALL}">'
                      f"{value:.3g}{html.escape(unit if share == 1 else '')}</text>")  # fmt: skip
-    axis = (
-        f'<line x1="{left}" y1="{height - bottom}" x2="{width - left}" y2="{height - bottom}" style="stroke:#b8c2cd"/>'
-    )
+    base, right = height - bottom, width - left
+    axis = f'<line x1="{left}" y1="{base}" x2="{right}" y2="{base}" style="stroke:var(--line)"/>'
     key = "".join(f'<b style="background:{colour}"></b>{text(name)}' for colour, name in zip(_COLOURS, series))
     drawing = f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}{axis}{"".join(ticks)}</svg>'
+    return f'<div><h3>{text(title)}</h3>{drawing}<div class="legend">{key}</div></div>'
+
+
+def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
+    """Lines through points (x, y) between 0 and 1, in one square: {name: points}."""
+    side, left, bottom, top = 260, 34, 34, 8
+    wide, high = side - left - top, side - bottom - top
+    grid, lines = "", ""
+    for share in (0, 0.5, 1):
+        x, y = left + share * wide, top + (1 - share) * high
+        grid += f'<line x1="{left}" y1="{y:.1f}" x2="{left + wide}" y2="{y:.1f}" style="stroke:var(--line)"/>'
+        grid += f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + high}" style="stroke:var(--line)"/>'
+        grid += f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end" style="{_SMALL}">{share:g}</text>'
+        grid += f'<text x="{x:.1f}" y="{top + high + 14}" text-anchor="middle" style="{_SMALL}">{share:g}</text>'
+    for word, x, y, anchor in ((across, left + wide / 2, side - 4, "middle"), (up, left + 6, top + 14, "start")):
+        grid += f'<text x="{x:.0f}" y="{y}" text-anchor="{anchor}" style="{_SMALL}">{html.escape(word)}</text>'
+    for colour, points in zip(_COLOURS, series.values()):
+        line = " ".join(f"{left + x * wide:.1f},{top + (1 - y) * high:.1f}" for x, y in points)
+        lines += f'<polyline points="{line}" style="fill:none;stroke:{colour};stroke-width:2;stroke-linejoin:round"/>'
+    key = "".join(f'<b style="background:{colour}"></b>{text(name)}' for colour, name in zip(_COLOURS, series))
+    drawing = f'<svg viewBox="0 0 {side} {side}" role="img">{grid}{lines}</svg>'
     return f'<div><h3>{text(title)}</h3>{drawing}<div class="legend">{key}</div></div>'
 
 

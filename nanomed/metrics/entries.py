@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.metrics import clef, colour, diversity, frd, scores, uncertainty
+from nanomed.metrics import clef, colour, diversity, frd, medvqa, scores, uncertainty
 
 SMALL = 2048  # below this many images the bias of an FID is larger than most papers' differences
 GROUPS, KID_GROUPS = 10, 20  # of the jackknives
@@ -102,15 +102,16 @@ class Measured:
         return self._of_neighbours(("density", "coverage"), values, K_COVERAGE)
 
     def f_beta(self) -> Entries:
-        """F8 (recall) and F1/8 (precision) of the curve between them, which each entry holds in 21 points."""
+        """F8 (recall) and F1/8 (precision) of the curve between them, which each entry holds in 21 points,
+        with that of two sets of real images (`of_real`)."""
         bins = diversity.clusters(self.real, self.fake, BINS, seed=self.seed)
 
         def values(a: Tensor, b: Tensor) -> Sequence[float]:
             points = diversity.curve(a, b)
             return diversity.f_beta(points, BETA), diversity.f_beta(points, 1 / BETA)
 
-        def fresh(a: Tensor, b: Tensor) -> Sequence[float]:
-            return values(*diversity.clusters(a, b, BINS, seed=self.seed))
+        def fresh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return diversity.clusters(a, b, BINS, seed=self.seed)
 
         points = diversity.curve(*bins, angles=21).tolist()
         how = (f"{BINS} clusters, recall first", f"{BINS} clusters, precision first")
@@ -119,8 +120,9 @@ class Measured:
             ends = uncertainty.intervals(values, *bins, groups=GROUPS, seed=self.seed, support=(0.0, 1.0))
             found = [entry | interval(pair, jackknife(GROUPS)) for entry, pair in zip(found, ends)]
         if self.sure and len(self.real) >= 2 * BINS:
-            floors, used = uncertainty.floor(fresh, self.real, self.n, self.seed)
-            found = [entry | _floor(value, used) for entry, value in zip(found, floors)]
+            halves, used = uncertainty.floor(fresh, self.real, self.n, self.seed)
+            of_real = {"of_real": diversity.curve(*halves, angles=21).tolist()}
+            found = [entry | of_real | _floor(value, used) for entry, value in zip(found, values(*halves))]
         return dict(zip(("F8", "F1/8"), found))
 
     def authenticity(self) -> Entries:
@@ -232,6 +234,42 @@ def clip_score(
     if of_real is not None:
         entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
     return {name: entry | small(len(each))}
+
+
+def medvqa2025(
+    objectives: Sequence[medvqa.Objective],
+    prompts: Sequence[Tensor],
+    protocol: str,
+    network: str,
+    n: tuple[int, int],
+    sure: bool = True,
+    seed: int = 0,
+) -> Entries:
+    """Fidelity, agreement and diversity of MEDVQA-GI 2025: the first two of objectives, the last of the features (N, D)
+    of each prompt with two images or more; n images there are on the real and the generated side.
+
+    The interval is over objectives or prompts; the floor, rather a ceiling, is of real images in the prompts' place.
+    """
+    chance = [found for one in objectives if (found := medvqa.by_chance(one, seed))] if sure else []
+    entries: Entries = {}
+    for name, value, those, perfect, what in (
+        ("fidelity", medvqa.fidelity, objectives, chance, "objectives"),
+        ("agreement", medvqa.agreement, objectives, chance, "objectives"),
+        ("diversity", medvqa.diversity, prompts, [one.real for one in chance], "prompts"),
+    ):
+        if not those:
+            continue
+        each = torch.tensor([value(one) for one in those], dtype=torch.float64)
+        entry = {"value": each.mean().item(), "protocol": f"{protocol}, {len(each):,} {what}", "n_real": n[0],
+                 "n_fake": n[1], "network": network}  # fmt: skip
+        if sure and len(each) >= 2:
+            entry |= interval(uncertainty.mean_interval(each), f"Student's t over the {what}")
+        if perfect:
+            own = sum(map(value, perfect)) / len(perfect)
+            n_own = len(perfect[0] if what == "prompts" else perfect[0].one)
+            entry["floor"] = {"value": own, "method": "real images in the prompts' place", "n": n_own}
+        entries[f"MEDVQA-GI {name}"] = entry | small(n[1])
+    return entries
 
 
 def radiomic(

@@ -35,7 +35,12 @@ class BiomedClipVision(nn.Module):
         self.proj = nn.Linear(config.hidden_size, width, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(self.trunk.class_token(pixels))
+        return self.both(pixels)[1]
+
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens (B, 768) after the last LayerNorm, and their embeddings (B, 512)."""
+        tokens = self.trunk.class_token(pixels)
+        return tokens, self.proj(tokens)
 
 
 def of_open_clip(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
