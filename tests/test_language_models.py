@@ -7,8 +7,8 @@ import torch
 import transformers
 from conftest import close
 
-from nanomed.captions.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.captions.generation import draw, filtered, generate
+from nanomed.captions.networks.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.weights import WeightsError
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

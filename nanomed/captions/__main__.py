@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from nanomed import weights
-from nanomed.captions import t5, vsg
+from nanomed.captions import vsg
+from nanomed.captions.networks import t5
 from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nanomed.captions.decoder import Cache, Decoder
+from nanomed.captions.networks.decoder import Cache, Decoder
 
 
 def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

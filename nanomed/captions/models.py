@@ -3,8 +3,8 @@
     model = load("weights/lmms-lab/llama3-llava-next-8b", dtype=torch.bfloat16, device="cuda")
     model.generate([image], [chat.llava_llama3("What is seen?")], max_new_tokens=150)   # a list of strings
 
-LLaVA-NeXT (llava.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2 (decoder.py). The text is the whole prompt
-as the model reads it, with `<image>` in the image's place; chat.py makes such prompts.
+LLaVA-NeXT (networks/llava.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2 (networks/decoder.py). The text
+is the whole prompt as the model reads it, with `<image>` in the image's place; chat.py makes such prompts.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions import chat
-from nanomed.captions.decoder import Decoder, load_decoder
 from nanomed.captions.generation import generate
-from nanomed.captions.llava import LlavaNext, load_llava
+from nanomed.captions.networks.decoder import Decoder, load_decoder
+from nanomed.captions.networks.llava import LlavaNext, load_llava
 from nanomed.run.randomness import seed_of
 from nanomed.weights import WeightsError
 

@@ -18,8 +18,8 @@ import conftest  # noqa: E402, F401  # torchvision's operators, which transforme
 import transformers  # noqa: E402
 from interleaved import compare  # noqa: E402
 
-from nanomed.captions.decoder import load_decoder  # noqa: E402
 from nanomed.captions.generation import generate  # noqa: E402
+from nanomed.captions.networks.decoder import load_decoder  # noqa: E402
 
 
 @torch.inference_mode()

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed import weights
-from nanomed.captions.decoder import Decoder, DecoderConfig
-from nanomed.captions.tiles import Tiles
+from nanomed.captions.networks.decoder import Decoder, DecoderConfig
+from nanomed.captions.networks.tiles import Tiles
 from nanomed.text.clip_vision import ClipVision, ClipVisionConfig
 from nanomed.weights import WeightsError
 
