@@ -73,14 +73,40 @@ def test_left_padded_batches_equal_single_ones(pair):
     assert torch.equal(generate(ours, prompt, mask, 24)[:1], single)
 
 
-def test_filters_equal_transformers_in_its_order():
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.8, 50, 0.9), (1.0, 0, 1.0), (1.7, 5, 1.0), (0.3, 0, 0.5),
+                                                       (0.8, 500, 0.01), (0.8, 1, 0.9)])  # fmt: skip
+def test_filters_equal_transformers_in_its_order(temperature, top_k, top_p):
+    """To the bit, ties at the k-th place among them; a k above the vocabulary, a p that leaves the likeliest alone."""
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = 3 * torch.randn(8, 97, generator=torch.Generator().manual_seed(2))
-    expected = logits
-    for warper in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)):
-        expected = warper(None, expected)
-    assert torch.equal(filtered(logits, 0.8, 50, 0.9), expected)
+    logits[:4] = logits[:4].round()
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+    assert torch.equal(filtered(logits, temperature, top_k, top_p), expected)
+
+
+def test_sampling_equals_transformers_when_fed_the_same_uniform_numbers(pair, monkeypatch):
+    """Its whole `generate` with do_sample, whose one source of chance (torch.multinomial) is made to invert the summed
+    probabilities at these numbers: the same tokens over 40 steps, a left-padded prompt among them."""
+    reference, ours = pair
+    numbers = torch.rand(40, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    prompt, mask = ids(3, 17), torch.ones(3, 17, dtype=torch.long)
+    mask[1, :6] = 0
+    steps = iter(numbers)
+
+    def multinomial(probabilities, num_samples):
+        assert num_samples == 1
+        passed = probabilities.double().cumsum(-1) > next(steps)[:, None] * probabilities.double().sum(-1, True)
+        return passed.int().argmax(-1, keepdim=True)  # the first place
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    expected = reference.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=True, temperature=0.8,
+                                  top_k=50, top_p=0.9)[:, 17:]  # fmt: skip
+    drawn = generate(ours, prompt, mask, 40, (), 0.8, 50, 0.9, uniform=lambda step: numbers[step])
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(drawn, generate(ours, prompt, mask, 40))  # not the likeliest ones
 
 
 def test_draws_invert_the_summed_probabilities():
