@@ -29,6 +29,8 @@ from nanomed.text.unigram import T5Tokenizer
 REPOSITORIES = {
     "llava-llama3": "lmms-lab/llama3-llava-next-8b",  # what Med-Art's released code asked
     "llava-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "ovis": "AIDC-AI/Ovis1.6-Gemma2-9B",
+    "ovis2": "AIDC-AI/Ovis2-8B",
     "tiny": "captioner-tiny",
     "t5-large": "google-t5/t5-large", "t5-base": "google-t5/t5-base", "t5-small": "google-t5/t5-small",
 }  # fmt: skip
@@ -38,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class Vsg:
     out: str = "captions.csv"  # the captions; what is known of every image lies beside it, in OUT.jsonl
-    model: str = "llava-llama3"  # llava-llama3, llava-mistral, tiny, or the folder of a model
+    model: str = "llava-llama3"  # llava-llama3, llava-mistral, ovis, ovis2, tiny, or the folder of a model
     modality: str = "endoscopy"  # endoscopy, skin, xray, fundus or microscopy
     simplifier: str = ""  # T5 that shortens what is too long: t5-large (the paper's), a folder; empty: ask again
     tokenizer: str = ""  # folder of T5's tokenizer that counts; empty: the simplifier's, PixArt's or t5-small's

@@ -12,6 +12,7 @@ LLAVA_SYSTEM = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+QWEN2_SYSTEM = "You are a helpful assistant."  # of Qwen 2, and of Ovis 2
 
 
 def llama3(turns: Sequence[str], system: str = "") -> str:
@@ -54,6 +55,16 @@ def llava_llama3_hf(question: str) -> str:
 def llava_mistral(question: str) -> str:
     """LLaVA's `mistral_instruct`, and transformers' template of llava-v1.6-mistral."""
     return mistral([f"<image>\n{question}"])
+
+
+def ovis_gemma2(question: str) -> str:
+    """Ovis 1.6, whose own code says the mark and lets the tokenizer say none."""
+    return "<bos>" + gemma2([f"<image>\n{question}"])
+
+
+def ovis_qwen2(question: str) -> str:
+    """Ovis 2."""
+    return qwen2([f"<image>\n{question}"], QWEN2_SYSTEM)
 
 
 PLAIN: dict[str, Callable[..., str]] = {"llama": llama3, "mistral": mistral, "qwen2": qwen2, "gemma2": gemma2}

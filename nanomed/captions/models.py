@@ -3,8 +3,9 @@
     model = load("weights/lmms-lab/llama3-llava-next-8b", dtype=torch.bfloat16, device="cuda")
     model.generate([image], [chat.llava_llama3("What is seen?")], max_new_tokens=150)   # a list of strings
 
-LLaVA-NeXT (networks/llava.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2 (networks/decoder.py). The text
-is the whole prompt as the model reads it, with `<image>` in the image's place; chat.py makes such prompts.
+LLaVA-NeXT and Ovis (networks/llava.py, ovis.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2
+(networks/decoder.py). The text is the whole prompt as the model reads it, with `<image>` in the image's place; chat.py
+makes such prompts.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from nanomed.captions import chat
 from nanomed.captions.generation import generate
 from nanomed.captions.networks.decoder import Decoder, load_decoder
 from nanomed.captions.networks.llava import LlavaNext, load_llava
+from nanomed.captions.networks.ovis import Ovis, load_ovis
 from nanomed.run.randomness import seed_of
 from nanomed.weights import WeightsError
 
@@ -28,12 +30,12 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")  # Llama 3, Qwen, Gemm
 
 
 class Model:
-    """A network with its tokenizer; `see` of the network, where it has one, is what makes it look at images."""
+    """A network with its tokenizer; a network with a `writer` has eyes: it `see`s images, and its writer reads them."""
 
     def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = ""):
         self.network, self.tokenizer, self.ends = network, tokenizer, tuple(ends)
         self.prompt = prompt  # the only one that it knows, where it was trained on one
-        self.writer: Decoder = getattr(network, "language_model", network)
+        self.writer: Decoder = network if isinstance(network, Decoder) else network.writer
 
     @property
     def device(self) -> torch.device:
@@ -43,9 +45,12 @@ class Model:
         """The prompt that asks a question about an image, in the conversation that this model was trained on."""
         if self.prompt:
             return self.prompt
-        if not isinstance(self.network, LlavaNext):
+        if self.network is self.writer:
             raise WeightsError("this model reads text alone, so it cannot be asked about an image")
-        if self.network.config.text.model_type == "mistral":
+        family = self.writer.config.model_type
+        if isinstance(self.network, Ovis):
+            return chat.ovis_gemma2(question) if family == "gemma2" else chat.ovis_qwen2(question)
+        if family == "mistral":
             return chat.llava_mistral(question)
         own = self.network.config.image_token is None
         return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
@@ -85,10 +90,9 @@ class Model:
         given = [image.convert("RGB") for image in images if image is not None]
         seen = iter(())
         if given:
-            if not isinstance(self.network, LlavaNext):
+            if self.network is self.writer:
                 raise ValueError("this model reads text alone, and was given an image")
-            pixels = [self.network.tiles.cut(image).to(self.device) for image in given]
-            seen = iter(self.network.see(pixels, [image.size for image in given]))
+            seen = iter(self.network.see(given))
         rows = []
         for image, text in zip(images, texts):
             parts = self.pieces(text)
@@ -105,9 +109,11 @@ class Model:
         """The tokens before `<image>` and those behind it; of a text without, all of them.
 
         Where `<image>` is a token, the text is tokenized whole (`-hf`). Else its parts are, one by one, and the mark at
-        the beginning that a tokenizer puts before each of them is kept once (LLaVA's own code). A prompt that says that
-        mark itself has it twice then, as there.
+        the beginning that a tokenizer puts before each of them is kept once (LLaVA's own code), or never (Ovis). A
+        prompt that says that mark itself has it twice with LLaVA's own code, as there.
         """
+        if isinstance(self.network, Ovis):
+            return [self.tokenizer.encode(part, add_special_tokens=False).ids for part in text.split(IMAGE)]
         token = self.network.config.image_token if isinstance(self.network, LlavaNext) else None
         if token is not None:
             ids = self.tokenizer.encode(text).ids
@@ -164,10 +170,11 @@ def load(
     """
     path = weights.find(path)
     said = weights.settings(path, "a language model")
-    llava = said.get("model_type", "").startswith("llava")
-    network = load_llava(path, dtype) if llava else load_decoder(path, dtype)
+    family = str(said.get("model_type", ""))
+    read = load_llava if family.startswith("llava") else load_ovis if family.startswith("ovis") else load_decoder
+    network = read(path, dtype)
     if int8:
-        to_int8(getattr(network, "language_model", network))
+        to_int8(network if isinstance(network, Decoder) else network.writer)
     tokenizer = read_tokenizer(path)
     ends = ends_of(path, said, tokenizer)
     return Model(network.requires_grad_(False).to(device), tokenizer, ends, said.get("prompt", ""))
@@ -194,7 +201,8 @@ def ends_of(path: Path, said: dict, tokenizer: Tokenizer) -> list[int]:
     if (path / "generation_config.json").is_file():
         stated = weights.settings(path / "generation_config.json", "how a model writes").get("eos_token_id")
     if stated is None:
-        stated = said.get("eos_token_id", said.get("text_config", {}).get("eos_token_id"))
+        parts = (said, said.get("text_config") or {}, said.get("llm_config") or {})
+        stated = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
     ends = stated if isinstance(stated, list) else [stated]
     ends = [*ends, *(tokenizer.token_to_id(word) for word in TURN_ENDS)]
     return list(dict.fromkeys(int(token) for token in ends if token is not None))

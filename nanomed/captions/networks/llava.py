@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from nanomed import weights
@@ -101,7 +102,7 @@ class Projector(nn.Module):
 
 
 class LlavaNext(nn.Module):
-    """`llava.see(pixels, sizes)` gives an image's tokens; `llava.language_model` reads them amid those of a text."""
+    """`llava.see(images)` gives their tokens; `llava.language_model` reads them amid those of a text."""
 
     def __init__(self, config: LlavaConfig, tiles: Tiles):
         super().__init__()
@@ -112,22 +113,28 @@ class LlavaNext(nn.Module):
         self.language_model = Decoder(config.text)
         nn.init.normal_(self.image_newline, std=config.text.hidden_size**-0.5)
 
+    @property
+    def writer(self) -> Decoder:
+        return self.language_model
+
     def look(self, pixels: Tensor) -> Tensor:
         """Tiles (N, 3, side, side) -> the tower's patches as the language model reads them (N, patches, D)."""
         tower = self.vision_tower.vision_model
-        states = tower.pre_layrnorm(tower.embeddings(pixels.to(self.image_newline)))  # (N, 1 + patches, width)
+        states = tower.pre_layrnorm(tower.embeddings(pixels))  # (N, 1 + patches, width)
         count = self.config.layer + (len(tower.encoder.layers) + 1 if self.config.layer < 0 else 0)
         for layer in tower.encoder.layers[:count]:
             states = layer(states)
         return self.multi_modal_projector(states[:, 1:])  # without the class token
 
-    def see(self, pixels: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """What `tiles.cut` made of images of sizes (width, height) -> their tokens, (L, D) each: the whole image's
-        patches, then those of the tiles line by line over the canvas, without border, a newline behind each line."""
-        patches = torch.cat([self.look(part) for part in torch.cat(pixels).split(TILES_AT_A_TIME)])
+    def see(self, images: list[Image.Image]) -> list[Tensor]:
+        """RGB images -> their tokens, (L, D) each: the whole image's patches, then those of the tiles line by line over
+        the canvas, without border, a newline behind each line."""
+        cut = [self.tiles.cut(image) for image in images]
+        pixels = torch.cat(cut).to(self.image_newline)
+        patches = torch.cat([self.look(part) for part in pixels.split(TILES_AT_A_TIME)])
         seen = []
-        for states, size in zip(patches.split([len(part) for part in pixels]), sizes):
-            columns, rows, left, above = self.tiles.kept(size)
+        for image, states in zip(images, patches.split([len(part) for part in cut])):
+            columns, rows, left, above = self.tiles.kept(image.size)
             side = self.tiles.side // self.tiles.patch
             x = states[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns))  # (rows, columns, side, side, D)
             x = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
