@@ -250,7 +250,9 @@ class Ovis2:
         config.text_config.tie_word_embeddings = True
         self.processor = transformers.CLIPImageProcessorPil(do_center_crop=False, size=dict(shortest_edge=28),
                                                             crop_size=dict(height=28, width=28))  # fmt: skip
-        tower = dict(TOWER, patch_size=4, image_size=28, model_type="aimv2", qkv_bias=False, use_bias=False, rms_norm_eps=1e-5)
+        tower = dict(
+            TOWER, patch_size=4, image_size=28, model_type="aimv2", qkv_bias=False, use_bias=False, rms_norm_eps=1e-5
+        )
         write(folder, renamed, config.text_config, tower, self.processor)
         self.reference = other.reference
         self.ours = nanomed.captions.load(folder)
@@ -296,7 +298,9 @@ def test_the_layouts_differ_in_the_last_norm_and_in_tiling(tmp_path):
     (published := tmp_path / "a").mkdir()
     theirs = Ovis2(published)
     hf = nanomed.captions.load(published / "hf")
-    assert torch.equal(hf.network.partition.cut(picture((28, 28))), theirs.ours.network.partition.cut(picture((28, 28))))
+    assert torch.equal(
+        hf.network.partition.cut(picture((28, 28))), theirs.ours.network.partition.cut(picture((28, 28)))
+    )
     assert not torch.allclose(hf.logits(picture((28, 28)), PROMPT), theirs.ours.logits(picture((28, 28)), PROMPT))
     assert theirs.ours.network.partition.grid((85, 29)) == hf.network.partition.grid((85, 29))[::-1] == (1, 3)
 
@@ -334,10 +338,15 @@ def test_grids_of_the_published_rule(size, grid):
     assert Partition().grid(size) == published_grid(size, 448) == grid
 
 
-@pytest.mark.parametrize("part, change", [("llm_config", dict(model_type="llama")),
-                                          ("visual_tokenizer_config", dict(tokenize_function="st_argmax")),
-                                          ("visual_tokenizer_config", dict(drop_cls_token=True)),
-                                          ("visual_tokenizer_config", dict(backbone_config=dict(model_type="clip")))])
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("llm_config", dict(model_type="llama")),
+        ("visual_tokenizer_config", dict(tokenize_function="st_argmax")),
+        ("visual_tokenizer_config", dict(drop_cls_token=True)),
+        ("visual_tokenizer_config", dict(backbone_config=dict(model_type="clip"))),
+    ],
+)
 def test_what_is_not_known_is_refused_by_name(part, change):
     said = {"llm_config": {"model_type": "gemma2"},
             "visual_tokenizer_config": {"backbone_config": {"model_type": "siglip_vision_model"}}}  # fmt: skip

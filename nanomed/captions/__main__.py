@@ -50,8 +50,11 @@ class Vsg:
     batch: Annotated[int, ">= 1"] = 4  # images asked about together
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the weights
     int8: bool = False  # the language model in whole numbers, row by row: half of bf16's memory, near its answers
+    place: Annotated[str, "device | cpu | share"] = "device"  # of its layers; cpu: one by one; share: by process
+    compile: bool = False  # let torch.compile fuse what it can: a minute at first, faster then
     seed: int = 0  # of all the answers
     review: bool = False  # also write OUT.html, image beside caption
+    dry_run: bool = False  # say what memory it takes, by arithmetic, and end
 
 
 @dataclass
@@ -91,18 +94,28 @@ def subject(words: list[str], what: str) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write_captions(words: list[str]) -> int:
     spec, words = subject(words, "a data set such as folder:DIR")
     config = flags.parse(Vsg, words, description="Captions of a data set's images.")
     vsg.question(config.modality, "")
+    if config.int8 and config.place == "share":
+        raise UsageError("--place share is for weights as they are, not for whole numbers: leave out --int8")
     ranks = Ranks.join()
     pictures = vsg.pictures(spec)
+    if config.dry_run:
+        from nanomed.captions import sizes
+
+        network = sizes.sketch(config.model, REPOSITORIES.get(config.model, config.model))
+        if ranks.first:
+            print(sizes.report(network, DTYPES[config.precision], config.batch, vsg.SAMPLING["max_new_tokens"],
+                               max(ranks.world, 2), config.model, len(pictures)))  # fmt: skip
+        return 0
     path = weights.find(REPOSITORIES.get(config.model, config.model))
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
     from nanomed.captions.models import load
 
-    model = load(path, DTYPES[config.precision], ranks.device, config.int8)
+    model = load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, config.compile, ranks)
     model.ask("")
     own = config.count == "captioner" or (model.prompt and not config.tokenizer)  # a miniature brings no T5 along
     count = model.count if own else _counter(config.tokenizer, shortener)
@@ -123,6 +136,7 @@ def write_captions(words: list[str]) -> int:
             journal.append(result)
             bar.update()
     bar.close()
+    model.finish()
     ranks.barrier()
     if ranks.first:
         journal.write_csv()

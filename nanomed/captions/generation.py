@@ -53,7 +53,7 @@ def generate(
     """
     if temperature > 0 and uniform is None:
         raise ValueError("sampling needs `uniform`, which gives the random numbers")
-    cache, tokens = Cache(), []
+    cache, tokens = Cache(prompt.shape[1] + steps), []
     stops = torch.tensor(list(ends), dtype=torch.long, device=prompt.device)
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     read, mask = prompt, None if mask.bool().all() else mask.bool()

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from nanomed import weights
 from nanomed.captions import chat
 from nanomed.captions.generation import generate
+from nanomed.captions.memory import LayersInTurn, Shares, compiled, to_int8, writer_of
 from nanomed.captions.networks.decoder import Decoder, load_decoder
 from nanomed.captions.networks.llava import LlavaNext, load_llava
 from nanomed.captions.networks.ovis import Ovis, load_ovis
 from nanomed.run.randomness import seed_of
+from nanomed.run.ranks import ALONE, Ranks
 from nanomed.weights import WeightsError
 
 IMAGE = "<image>"
@@ -32,10 +34,11 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")  # Llama 3, Qwen, Gemm
 class Model:
     """A network with its tokenizer; a network with a `writer` has eyes: it `see`s images, and its writer reads them."""
 
-    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = ""):
-        self.network, self.tokenizer, self.ends = network, tokenizer, tuple(ends)
+    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = "",
+                 shares: Shares | None = None):  # fmt: skip
+        self.network, self.tokenizer, self.ends, self.shares = network, tokenizer, tuple(ends), shares
         self.prompt = prompt  # the only one that it knows, where it was trained on one
-        self.writer: Decoder = network if isinstance(network, Decoder) else network.writer
+        self.writer: Decoder = writer_of(network)
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +57,12 @@ class Model:
             return chat.llava_mistral(question)
         own = self.network.config.image_token is None
         return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
+
+    def finish(self) -> None:
+        """To be called when there is nothing left to write: where processes share the layers, the others may need
+        this one's."""
+        if self.shares is not None:
+            self.shares.finish()
 
     def logits(self, image: Image.Image | None, text: str) -> Tensor:
         """What follows each place of the prompt, (1, L, vocabulary); the image stands in many places."""
@@ -132,52 +141,41 @@ class Model:
         return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
 
 
-class Int8Linear(nn.Module):
-    """A product with a matrix of whole numbers, each row with its own scale: half of bfloat16's memory.
-
-    The largest of a row becomes 127, so a weight is off by half a step, 1/254 of it, at most.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        scale = linear.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        self.register_buffer("weight", (linear.weight.float() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
-
-
-def to_int8(decoder: Decoder) -> None:
-    """Put every product inside the layers of a decoder into whole numbers; embedding and head stay as they are."""
-    for layer in decoder.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                setattr(part, name, Int8Linear(linear))
-
-
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False
-) -> Model:
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False,
+    place: str = "device", compile: bool = False, ranks: Ranks = ALONE,
+) -> Model:  # fmt: skip
     """The model of a folder, or of a repository that `weights.find` finds: its family is told by `config.json`.
 
     dtype   convert to it while reading; None keeps the file's
     int8    keep the language model's products in whole numbers, row by row: 8 billion weights in 10 GB
+    place   of the language model's layers: "device"; "cpu": they come to the device one by one; "share": each of
+            `ranks` holds a share, and all must call the model's `finish` when they have nothing left to write
+    compile let torch.compile fuse what it can: a minute at first, faster then
 
     Raises WeightsError. Its parameters do not train.
     """
+    if int8 and place == "share":
+        raise ValueError("shares are of weights as they are, not of whole numbers: int8 or place share, not both")
     path = weights.find(path)
     said = weights.settings(path, "a language model")
     family = str(said.get("model_type", ""))
     read = load_llava if family.startswith("llava") else load_ovis if family.startswith("ovis") else load_decoder
     network = read(path, dtype)
     if int8:
-        to_int8(network if isinstance(network, Decoder) else network.writer)
+        to_int8(writer_of(network))
+    network.requires_grad_(False)
+    shares = None
+    if place == "cpu":
+        LayersInTurn(network, device)
+    elif place == "share" and ranks.world > 1:
+        shares = Shares(network, ranks)
+    else:
+        network.to(device)
+    if compile:
+        compiled(writer_of(network))
     tokenizer = read_tokenizer(path)
-    ends = ends_of(path, said, tokenizer)
-    return Model(network.requires_grad_(False).to(device), tokenizer, ends, said.get("prompt", ""))
+    return Model(network, tokenizer, ends_of(path, said, tokenizer), said.get("prompt", ""), shares)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

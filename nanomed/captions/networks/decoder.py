@@ -94,10 +94,14 @@ class DecoderConfig:
 
 
 class Cache:
-    """Keys and values of the tokens so far, layer by layer, in blocks that double when they are full."""
+    """Keys and values of the tokens so far, layer by layer, in blocks that double when they are full.
 
-    def __init__(self) -> None:
+    room   tokens that are expected; a block has place for them from the start
+    """
+
+    def __init__(self, room: int = 0) -> None:
         self.blocks: list[list[Tensor]] = []
+        self.room = room
         self.length = 0  # tokens that every layer holds
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +112,8 @@ class Cache:
         for i, new in enumerate((k, v)):
             block = self.blocks[layer][i]
             if block.shape[2] < end:
-                grown = new.new_empty(*new.shape[:2], max(end + 64, 2 * block.shape[2]), new.shape[3])
+                room = self.room if end <= self.room else max(end + 64, 2 * block.shape[2])
+                grown = new.new_empty(*new.shape[:2], room, new.shape[3])
                 grown[:, :, : self.length] = block[:, :, : self.length]
                 block = self.blocks[layer][i] = grown
             block[:, :, self.length : end] = new

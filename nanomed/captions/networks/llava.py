@@ -117,6 +117,11 @@ class LlavaNext(nn.Module):
     def writer(self) -> Decoder:
         return self.language_model
 
+    @property
+    def most_tokens(self) -> int:
+        """The places that an image takes in the text at most."""
+        return max(self.tiles.tokens(size) for pair in self.tiles.grids for size in (pair, pair[::-1]))
+
     def look(self, pixels: Tensor) -> Tensor:
         """Tiles (N, 3, side, side) -> the tower's patches as the language model reads them (N, patches, D)."""
         tower = self.vision_tower.vision_model

@@ -25,6 +25,7 @@ The published code of Ovis 2 asks AIMv2 for its hidden states, the last of which
 transformers' conversion applies the norm. The same weights so give two answers, and the layout decides.
 """  # noqa: E501
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,12 @@ class Ovis(nn.Module):
     @property
     def writer(self) -> Decoder:
         return self.llm
+
+    @property
+    def most_tokens(self) -> int:
+        """The places that an image takes in the text at most: all tiles, the overview, and signs between."""
+        tile = math.ceil(self.config.tower.patches / self.config.stride) ** 2
+        return (1 + self.partition.most) * tile + self.partition.most + 2
 
     def see(self, images: list[Image.Image]) -> list[Tensor]:
         """RGB images -> their tokens, (L, D) each."""
