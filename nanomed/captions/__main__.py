@@ -2,9 +2,10 @@
 
 python -m nanomed.captions vsg folder:DIR --out captions.csv --model llava-llama3 --modality endoscopy
 python -m nanomed.captions simplify captions.csv --model t5-large
+python -m nanomed.captions paraphrase prompt-gt.csv --model weights/Qwen/Qwen2.5-7B-Instruct --out paraphrases.csv
 python -m nanomed.captions train --out weights/captioner-tiny
 
-`vsg` goes on where it was stopped, and under torchrun its processes share the images.
+`vsg` and `paraphrase` go on where they were stopped, and under torchrun their processes share the work.
 """
 
 import csv
@@ -18,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 from nanomed import weights
-from nanomed.captions import vsg
+from nanomed.captions import paraphrase as rules
+from nanomed.captions import rewording, vsg
+from nanomed.captions.journal import Journal
 from nanomed.captions.networks import t5
 from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
 from nanomed.run import files, flags
@@ -66,6 +69,22 @@ class Simplify:
 
 
 @dataclass
+class Paraphrase:
+    out: str = "paraphrases.csv"  # for train.py --paraphrases; what became of every prompt lies beside it, in OUT.jsonl
+    model: str = "grammar"  # folder of a Llama 3, Mistral, Qwen 2.5 or Gemma 2 Instruct; grammar: by rules, no model
+    count: Annotated[int, "1 .. 1000"] = 10  # paraphrases of a prompt
+    attempts: Annotated[int, ">= 1"] = 40  # answers drawn for a prompt at most
+    judge: str = rewording.JUDGE  # folder of the text encoder, CLIP or T5, for prompts that are not of the grammar
+    agreement: Annotated[float, "0 .. 1"] = 0.8  # cosine of a prompt and a paraphrase there, at least
+    batch: Annotated[int, ">= 1"] = 10  # answers drawn together
+    precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the model's weights
+    int8: bool = False  # as of vsg
+    place: Annotated[str, "device | cpu | share"] = "device"  # as of vsg
+    compile: bool = False  # as of vsg
+    seed: int = 0  # of all the answers
+
+
+@dataclass
 class Train:
     out: str = "weights/captioner-tiny"  # folder of the captioner
     steps: Annotated[int, ">= 1"] = 500  # of the optimizer
@@ -76,7 +95,7 @@ class Train:
 
 def main() -> int:
     words = sys.argv[1:]
-    verbs = {"vsg": write_captions, "simplify": simplify, "train": train}
+    verbs = {"vsg": write_captions, "simplify": simplify, "paraphrase": paraphrase, "train": train}
     if not words or words[0] not in verbs:
         if words and words[0] in ("-h", "--help"):
             print(__doc__)
@@ -99,8 +118,7 @@ def write_captions(words: list[str]) -> int:
     spec, words = subject(words, "a data set such as folder:DIR")
     config = flags.parse(Vsg, words, description="Captions of a data set's images.")
     vsg.question(config.modality, "")
-    if config.int8 and config.place == "share":
-        raise UsageError("--place share is for weights as they are, not for whole numbers: leave out --int8")
+    checked(config)
     ranks = Ranks.join()
     pictures = vsg.pictures(spec)
     if config.dry_run:
@@ -124,7 +142,7 @@ def write_captions(words: list[str]) -> int:
                     int8=config.int8, seed=config.seed)  # fmt: skip
     journal = vsg.Journal(config.out, settings)
 
-    def rules(opening: str, features: str) -> vsg.Rules:
+    def judged(opening: str, features: str) -> vsg.Rules:
         return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
 
     done = journal.results()
@@ -132,7 +150,7 @@ def write_captions(words: list[str]) -> int:
     bar = tqdm(total=len(todo), unit="image", disable=None if ranks.first else True)
     for start in range(0, len(todo), config.batch):
         batch = list(todo[start : start + config.batch])
-        for result in vsg.caption(model, batch, config.modality, rules, config.attempts, config.seed):
+        for result in vsg.caption(model, batch, config.modality, judged, config.attempts, config.seed):
             journal.append(result)
             bar.update()
     bar.close()
@@ -207,6 +225,52 @@ def simplify(words: list[str]) -> int:
     files.write_text(target, out.getvalue())
     print(f"{target}: {len(long):,} of {len(records):,} captions shortened")
     return 0
+
+
+@torch.no_grad()
+def paraphrase(words: list[str]) -> int:
+    source, words = subject(words, "a file of prompts, or a data set such as clef:DIR,")
+    config = flags.parse(Paraphrase, words, description="Prompts in other words.")
+    if config.model == "grammar":
+        return rules.main([source, "--out", config.out, "--n", str(config.count)])
+    checked(config)
+    prompts = [prompt for prompt in dict.fromkeys(rules.read_source(source)) if prompt]
+    if not prompts:
+        raise DataError(f"{source}: no prompts")
+    ranks = Ranks.join()
+    path = weights.find(config.model)
+    encoder = None
+    if not all(map(rewording.in_grammar, prompts)):
+        encoder = rewording.Encoder(config.judge, prompts, ranks.device)
+    settings = dict(source=source, model=config.model, count=config.count, attempts=config.attempts, seed=config.seed,
+                    judge=config.judge, agreement=config.agreement, precision=config.precision,
+                    int8=config.int8)  # fmt: skip
+    from nanomed.captions.models import load
+
+    model = load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, config.compile, ranks)
+    model.say("")
+    journal = Journal(config.out, settings, key="prompt")
+    judged = rewording.Rules(encoder and encoder.agree, config.agreement)
+    done = journal.records()
+    todo = [prompt for prompt in ranks.share(prompts) if prompt not in done]
+    for prompt in tqdm(todo, unit="prompt", disable=None if ranks.first else True):
+        journal.append(rewording.reword(model, prompt, judged, config.count, config.attempts, config.batch,
+                                        config.seed))  # fmt: skip
+    model.finish()
+    ranks.barrier()
+    if ranks.first:
+        rewording.write_csv(journal, prompts)
+        found = journal.records()
+        records = [found[prompt] for prompt in prompts if prompt in found]
+        print(f"{config.out}: {rewording.statistics(records, config.count)}")
+        if any(record["refused"] for record in records):
+            print(f"every refused answer, with its reason: {journal.path}")
+    return 0
+
+
+def checked(config: Vsg | Paraphrase) -> None:
+    if config.int8 and config.place == "share":
+        raise UsageError("--place share is for weights as they are, not for whole numbers: leave out --int8")
 
 
 def train(words: list[str]) -> int:

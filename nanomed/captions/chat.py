@@ -7,6 +7,8 @@ it, but for `llava_llama3`: LLaVA's own template says it, and its tokenizer may 
 
 from collections.abc import Callable, Sequence
 
+from nanomed.weights import WeightsError
+
 LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -27,6 +29,12 @@ def mistral(turns: Sequence[str], system: str = "") -> str:
     """Mistral Instruct v0.1 and v0.2, which know no system: what it would say stands before the first question."""
     turns = [f"{system}\n\n{turns[0]}", *turns[1:]] if system else turns
     return "".join(f"{text}</s>" if i % 2 else f"[INST] {text} [/INST]" for i, text in enumerate(turns))
+
+
+def mistral3(turns: Sequence[str], system: str = "") -> str:
+    """Mistral Instruct v0.3, whose `[INST]` is a token of its own; its system stands before the last question."""
+    turns = [*turns[:-1], f"{system}\n\n{turns[-1]}"] if system else turns
+    return "".join(f" {text}</s>" if i % 2 else f"[INST] {text}[/INST]" for i, text in enumerate(turns))
 
 
 def qwen2(turns: Sequence[str], system: str = QWEN_SYSTEM) -> str:
@@ -68,3 +76,13 @@ def ovis_qwen2(question: str) -> str:
 
 
 PLAIN: dict[str, Callable[..., str]] = {"llama": llama3, "mistral": mistral, "qwen2": qwen2, "gemma2": gemma2}
+MARKS = {"llama": "<|start_header_id|>", "qwen2": "<|im_start|>", "gemma2": "<start_of_turn>"}
+
+
+def template(family: str, has: Callable[[str], bool]) -> Callable[..., str]:
+    """The template of a family, for a tokenizer that `has` a token or not. WeightsError where it has not been taught
+    to converse."""
+    if family in MARKS and not has(MARKS[family]):
+        raise WeightsError(f"this {family} cannot be asked: its tokenizer has no {MARKS[family]}, as those of Instruct "
+                           f"models have")  # fmt: skip
+    return mistral3 if family == "mistral" and has("[INST]") else PLAIN[family]

@@ -58,6 +58,11 @@ class Model:
         own = self.network.config.image_token is None
         return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
 
+    def say(self, question: str, system: str = "") -> str:
+        """The prompt that asks something in words, in the conversation of this family's Instruct models."""
+        family, tokenizer = self.writer.config.model_type, self.tokenizer
+        return chat.template(family, lambda mark: tokenizer.token_to_id(mark) is not None)([question], system)
+
     def finish(self) -> None:
         """To be called when there is nothing left to write: where processes share the layers, the others may need
         this one's."""

@@ -1,0 +1,142 @@
+"""What a free text about an endoscopic image states, for a judge of who rewords the prompts of the organisers' grammar.
+
+    facts("Draw a frame showing two polyps.") == facts_of("Generate an image with 2 polyps.")
+
+`grammar.parse` and `paraphrase.parse` read the wordings of their own tables and no other. Here any text is looked
+through for the words that the grammar knows: a thing more, another number or place, or a "no" that was not there, and
+the facts are no longer the same. What fits no statement makes "unread" one of them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from nanomed.data import grammar
+from nanomed.data.grammar import BOX, COLORS, PARIS
+
+NUMBERS = {"one": 1, "single": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "sixteen": 16}
+MANY = r"(?:several|many|multiple|few|some|numerous|both|pair of|couple of)"
+THINGS = {  # what is counted, and what has a place, a colour, a size or a type
+    "polyp": r"polyps?|polypoid (?:growth|lesion)s?",
+    "finding": r"findings?|abnormalit(?:y|ies)|abnormal (?:area|region|finding)s?|lesions?|anomal(?:y|ies)",
+    "instrument": r"(?:medical |surgical |endoscopic )?(?:instrument|tool|device)s?",
+    "landmark": r"landmarks?",
+}
+OBJECTS = {  # what an image contains
+    BOX: r"(?:art[ei]facts? in the (?:form|shape) of )?(?:a )?(?:green|black)(?:(?:/| or )(?:green|black))?[ -]"
+         r"(?:box(?:es)?|rectangles?)(?:[ -]art[ei]facts?)?|box[ -]art[ei]facts?",
+    "text": r"(?:some )?(?:(?:written|overlaid) )?(?:texts?|writing|letters|annotations?)",
+    "ulcerative colitis": r"ulcerative colitis",
+    "oesophagitis": r"o?esophagitis|inflamed o?esophagus|inflammation of the o?esophagus",
+    "barretts": r"barrett(?:'?s)?",
+    "the z-line": r"z[- ]line|squamocolumnar junction",
+    "the cecum": r"ca?ecum|blind end of the (?:colon|large bowel)",
+    "the ileum": r"ileum|end of the small (?:bowel|intestine)",
+    "the pylorus": r"pylorus|outlet of the stomach",
+    "biopsy forceps": r"(?:pair of )?(?:biopsy )?forceps",
+    "polyp snare": r"(?:polyp |polypectomy )?snares?(?: for polyps)?",
+    "metal clip": r"(?:metal |metallic )?clips?",
+    "injection needle": r"(?:injection )?needles?(?: for injections?)?",
+    "tube": r"tub(?:e|es|ing)",
+}  # fmt: skip
+SIZES = {"< 5mm": r"(?:<|under|below|(?:less|smaller) than) ?5(?: ?mm)?",
+         ">20mm": r"(?:>|over|above|(?:more|larger|greater|bigger) than) ?20(?: ?mm)?",
+         "5-10mm": r"5(?: ?mm)? ?(?:-|\u2013|to|and) ?10(?: ?mm)?",
+         "11-20mm": r"11(?: ?mm)? ?(?:-|\u2013|to|and) ?20(?: ?mm)?"}  # fmt: skip
+STRANGE = (  # what a prompt of the grammar never says, and a model may add
+    r"bleed\w*|blood\w*|hemorrh\w*|haemorrh\w*|ulcer\w*|tumou?rs?|cancer\w*|carcinoma|malignan\w*|benign|healthy|"
+    r"inflam\w*|necro\w*|colitis|diverticul\w*|stool|f(?:a)?eces|scar\w*|stents?|catheters?|probes?|mass(?:es)?|"
+    r"nodul\w*|adenoma\w*|small|large|tiny|huge|big|mild|severe|flat|pedunculated|sessile"
+)
+NO = r"no|not|without|free (?:of|from)|absence of|absent|lack(?:s|ing)?|devoid of|zero|0|nor|none|never"
+ROWS = {"upper": "upper|top", "lower": "lower|bottom", "center": "cent(?:er|re|ral)|middle"}
+COLUMNS = {"left": "left", "right": "right|rigth", "center": "cent(?:er|re|ral)|middle"}
+PLACES = {"polyp": "abnormality_at", "finding": "abnormality_at", "instrument": "instrument_at",
+          "landmark": "landmark_at"}  # fmt: skip
+
+
+def facts_of(prompt: str) -> dict:
+    """What a prompt of the grammar says, in the form of `facts`. Raises ValueError for other text."""
+    said = grammar.parse(prompt)
+    for name in ("contains", "colors", "sizes", "paris"):
+        if name in said:
+            return {name: frozenset(said[name])}
+    return {name: value for name, value in said.items() if name not in ("polyp", "instrument")}
+
+
+def facts(text: str, colors: Iterable[str] = ()) -> dict:
+    """What a text states, as `grammar.parse` has it, with sets for lists.
+
+    colors   words for colours, besides the grammar's, that are to be known
+    """
+    try:
+        return facts_of(text)  # some of its wordings are misspelt
+    except ValueError:
+        pass
+    found: dict[str, list] = {kind: [] for kind in ("paris", "size", "procedure", "object", "thing", "cell", "color",
+                                                    "number", "no", "unread")}  # fmt: skip
+    for kind, value in _words(text, colors):
+        found[kind].append(value)
+    things, objects, cells = set(found["thing"]), frozenset(found["object"]), frozenset(found["cell"])
+    said: dict = {}
+    if found["paris"]:
+        said["paris"] = frozenset(found["paris"])
+    if found["size"]:
+        said["sizes"] = frozenset(found["size"])
+    if found["color"]:
+        said["colors"] = frozenset(found["color"])
+    for name in set(found["procedure"]):
+        said["procedure"] = name if "procedure" not in said else "both"
+    if cells:
+        said |= {PLACES[thing]: cells for thing in things} if things else {"unread": True}
+    only = things.pop() if len(things) == 1 else None
+    if found["number"]:
+        said |= {f"{only}s": found["number"][0]} if only and len(found["number"]) == 1 else {"unread": True}
+    if found["no"]:
+        denied = {BOX: "box", "text": "text"}
+        if said or len(objects) + bool(only) != 1 or (objects and not objects <= denied.keys()) or only == "landmark":
+            said["unread"] = True
+        else:
+            said |= {f"{only}s": 0} if only else {denied[name]: False for name in objects}
+    elif objects:
+        said["contains"] = objects | ({"a polyp"} if only == "polyp" else set())
+        if only not in ("polyp", None) or things:
+            said["unread"] = True
+    elif not said:
+        said = {"contains": frozenset({"a polyp"})} if only == "polyp" else {"unread": True}
+    if found["unread"]:
+        said["unread"] = True
+    return said
+
+
+def _words(text: str, colors: Iterable[str]) -> Iterator[tuple[str, object]]:
+    """(kind, value) of all words that mean something here, from left to right."""
+    hues = sorted({*COLORS, "gray", *(color.lower() for color in colors)}, key=len, reverse=True)
+    types = "|".join(PARIS)
+    patterns = [
+        ("paris", rf"(?:paris|type|class)(?:\W+(?:paris|class(?:ification|ified)?|type|as))*\W+(?:{types})\b"
+                  rf"(?:(?:, | and | or |, and )(?:paris )?(?:{types})\b)*", None),
+        *(("size", pattern, name) for name, pattern in SIZES.items()),
+        ("procedure", r"colonoscop\w+", "colonoscopy"), ("procedure", r"gastroscop\w+", "gastroscopy"),
+        *(("object", pattern, name) for name, pattern in OBJECTS.items()),
+        *(("thing", pattern, name) for name, pattern in THINGS.items()),
+        *(("cell", rf"(?:{a})(?:[- ]|-?most[- ])(?:{b})", f"{row}-{column}".replace("center-center", "center"))
+          for row, a in ROWS.items() for column, b in COLUMNS.items()),
+        ("cell", ROWS["center"], "center"),
+        ("color", rf"(?:(?:pale|dark|light|bright|deep)[- ])?(?:{'|'.join(map(re.escape, hues))})(?:ish)?", None),
+        ("number", "|".join(NUMBERS) + r"|\d+", None),
+        ("no", NO, True),
+        ("unread", rf"left|right|upper|lower|top|bottom|{MANY}|{STRANGE}|\d+", True),
+    ]  # fmt: skip
+    whole = "|".join(rf"(?P<g{i}>{pattern})" for i, (_, pattern, _) in enumerate(patterns))
+    for match in re.finditer(rf"(?<![\w<>])(?:{whole})(?!\w)", text.lower()):
+        kind, _, value = patterns[int(match.lastgroup[1:])]
+        word = match[0]
+        if kind == "paris":
+            yield from (("paris", one) for one in re.findall(rf"\b({types})\b", word))
+        elif kind == "color":
+            yield "color", word.removesuffix("ish").replace("gray", "grey")
+        elif kind == "number":
+            number = int(word) if word.isdigit() else NUMBERS[word]
+            yield ("number", number) if number else ("no", True)
+        else:
+            yield kind, value
