@@ -239,7 +239,7 @@ def model(tmp_path):
 
 
 def test_the_command_lists_what_it_refuses_and_goes_on(model, clip, tmp_path, monkeypatch, capsys):
-    """An untrained model says nothing that is kept; every answer stands there with its reason, and none is asked twice."""
+    """An untrained model says nothing that is kept; every answer stands there with its reason, none is asked twice."""
     from nanomed.captions import __main__ as command
 
     (tmp_path / "prompts.txt").write_text(f"{TWO}\n{FREE}\n{TWO}\n")

@@ -133,9 +133,9 @@ class RMSNorm(nn.Module):
         self.eps, self.less_one = eps, less_one
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype) if self.less_one else self.weight * y.to(x.dtype)
+        if self.less_one:
+            return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotations(places: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
