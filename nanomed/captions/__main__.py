@@ -42,20 +42,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Vsg:
-    out: str = "captions.csv"  # the captions; what is known of every image lies beside it, in OUT.jsonl
+    out: Annotated[str, "a file to write"] = "captions.csv"  # captions; all that is known of the images is in OUT.jsonl
     model: str = "llava-llama3"  # llava-llama3, llava-mistral, ovis, ovis2, tiny, or the folder of a model
     modality: str = "endoscopy"  # endoscopy, skin, xray, fundus or microscopy
     simplifier: str = ""  # T5 that shortens what is too long: t5-large (the paper's), a folder; empty: ask again
     tokenizer: str = ""  # folder of T5's tokenizer that counts; empty: the simplifier's, PixArt's or t5-small's
     count: Annotated[str, "t5 | captioner"] = "t5"  # whose tokens; the released code counts the captioner's
-    limit: Annotated[int, ">= 1"] = vsg.LIMIT  # tokens that a caption may have
-    attempts: Annotated[int, ">= 1"] = 10  # answers drawn for an image at most
-    batch: Annotated[int, ">= 1"] = 4  # images asked about together
+    limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # tokens that a caption may have
+    attempts: Annotated[int, "1 .. 10000"] = 10  # answers drawn for an image at most
+    batch: Annotated[int, "1 .. 65536"] = 4  # images asked about together
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the weights
     int8: bool = False  # the language model in whole numbers, row by row: half of bf16's memory, near its answers
     place: Annotated[str, "device | cpu | share"] = "device"  # of its layers; cpu: one by one; share: by process
     compile: bool = False  # let torch.compile fuse what it can: a minute at first, faster then
-    seed: int = 0  # of all the answers
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
     review: bool = False  # also write OUT.html, image beside caption
     dry_run: bool = False  # say what memory it takes, by arithmetic, and end
 
@@ -63,34 +63,34 @@ class Vsg:
 @dataclass
 class Simplify:
     model: str = "t5-large"  # or a folder of a T5
-    out: str = ""  # empty: FILE.simplified.csv
-    limit: Annotated[int, ">= 1"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
-    batch: Annotated[int, ">= 1"] = 8  # captions at a time
+    out: Annotated[str, "a file to write"] = ""  # empty: FILE.simplified.csv
+    limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
+    batch: Annotated[int, "1 .. 65536"] = 8  # captions at a time
 
 
 @dataclass
 class Paraphrase:
-    out: str = "paraphrases.csv"  # for train.py --paraphrases; what became of every prompt lies beside it, in OUT.jsonl
+    out: Annotated[str, "a file to write"] = "paraphrases.csv"  # what became of each prompt is in OUT.jsonl
     model: str = "grammar"  # folder of a Llama 3, Mistral, Qwen 2.5 or Gemma 2 Instruct; grammar: by rules, no model
     count: Annotated[int, "1 .. 1000"] = 10  # paraphrases of a prompt
-    attempts: Annotated[int, ">= 1"] = 40  # answers drawn for a prompt at most
+    attempts: Annotated[int, "1 .. 10000"] = 40  # answers drawn for a prompt at most
     judge: str = rewording.JUDGE  # folder of the text encoder, CLIP or T5, for prompts that are not of the grammar
     agreement: Annotated[float, "0 .. 1"] = 0.8  # cosine of a prompt and a paraphrase there, at least
-    batch: Annotated[int, ">= 1"] = 10  # answers drawn together
+    batch: Annotated[int, "1 .. 65536"] = 10  # answers drawn together
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the model's weights
     int8: bool = False  # as of vsg
     place: Annotated[str, "device | cpu | share"] = "device"  # as of vsg
     compile: bool = False  # as of vsg
-    seed: int = 0  # of all the answers
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
 
 
 @dataclass
 class Train:
-    out: str = "weights/captioner-tiny"  # folder of the captioner
-    steps: Annotated[int, ">= 1"] = 500  # of the optimizer
-    batch: Annotated[int, ">= 1"] = 32  # scenes at a time
-    scenes: Annotated[int, ">= 1"] = 3000  # of the toy world
-    seed: int = 0  # of weights and batches
+    out: Annotated[str, "a folder to write"] = "weights/captioner-tiny"  # folder of the captioner
+    steps: Annotated[int, "1 .. 10^9"] = 500  # of the optimizer
+    batch: Annotated[int, "1 .. 65536"] = 32  # scenes at a time
+    scenes: Annotated[int, "1 .. 10^6"] = 3000  # of the toy world
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of weights and batches
 
 
 def main() -> int:
@@ -129,6 +129,9 @@ def write_captions(words: list[str]) -> int:
             print(sizes.report(network, DTYPES[config.precision], config.batch, vsg.SAMPLING["max_new_tokens"],
                                max(ranks.world, 2), config.model, len(pictures)))  # fmt: skip
         return 0
+    reviewed = Path(config.out).with_name(Path(config.out).name + ".html")
+    if config.review:
+        files.expect_own(reviewed)
     path = weights.find(REPOSITORIES.get(config.model, config.model))
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
     from nanomed.captions.models import load
@@ -164,8 +167,8 @@ def write_captions(words: list[str]) -> int:
         if config.review:
             from nanomed.captions.review import page
 
-            out = Path(config.out)
-            files.write_text(out.with_name(out.name + ".html"), page(results, pictures, out))
+            files.write_text(reviewed, page(results, pictures, Path(config.out)))
+            files.mark_own(reviewed)
     return 0
 
 
@@ -207,6 +210,8 @@ def simplify(words: list[str]) -> int:
     text = column(records[0][1], TEXT_COLUMNS) if records else None
     if text is None:
         raise DataError(f"{path}: no rows with a column {' or '.join(TEXT_COLUMNS[:2])}")
+    target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
+    files.expect_own(target)
     shortener = _t5(config.model, Ranks.join().device)
     lengths = shortener.tokenizer.lengths([record[text] for _, record in records])
     long = [i for i, length in enumerate(lengths) if length > config.limit]
@@ -221,8 +226,8 @@ def simplify(words: list[str]) -> int:
     writer = csv.DictWriter(out, list(records[0][1]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(record for _, record in records)
-    target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
     files.write_text(target, out.getvalue())
+    files.mark_own(target)
     print(f"{target}: {len(long):,} of {len(records):,} captions shortened")
     return 0
 
