@@ -148,14 +148,14 @@ def write_captions(words: list[str]) -> int:
     def judged(opening: str, features: str) -> vsg.Rules:
         return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
 
-    done = journal.results()
-    todo = [picture for picture in ranks.share(pictures) if picture.name not in done]
-    bar = tqdm(total=len(todo), unit="image", disable=None if ranks.first else True)
-    for start in range(0, len(todo), config.batch):
-        batch = list(todo[start : start + config.batch])
+    named = {picture.name: picture for picture in pictures}
+    bar = tqdm(total=len(pictures), unit="image", disable=None if ranks.first else True)
+    for names in journal.open(list(named), ranks, config.batch):
+        bar.update(len(journal.known) - bar.n)  # the others' among them
+        batch = [named[name] for name in names]
         for result in vsg.caption(model, batch, config.modality, judged, config.attempts, config.seed):
             journal.append(result)
-            bar.update()
+    bar.update(len(journal.known) - bar.n)
     bar.close()
     model.finish()
     ranks.barrier()
@@ -256,11 +256,13 @@ def paraphrase(words: list[str]) -> int:
     model.say("")
     journal = Journal(config.out, settings, key="prompt")
     judged = rewording.Rules(encoder and encoder.agree, config.agreement)
-    done = journal.records()
-    todo = [prompt for prompt in ranks.share(prompts) if prompt not in done]
-    for prompt in tqdm(todo, unit="prompt", disable=None if ranks.first else True):
+    bar = tqdm(total=len(prompts), unit="prompt", disable=None if ranks.first else True)
+    for (prompt,) in journal.open(prompts, ranks, 1):
+        bar.update(len(journal.known) - bar.n)
         journal.append(rewording.reword(model, prompt, judged, config.count, config.attempts, config.batch,
                                         config.seed))  # fmt: skip
+    bar.update(len(journal.known) - bar.n)
+    bar.close()
     model.finish()
     ranks.barrier()
     if ranks.first:

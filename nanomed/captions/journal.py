@@ -6,10 +6,13 @@ A run that was killed at any moment goes on without a lost or a doubled record, 
 import fcntl
 import json
 import os
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanomed.data.table import DataError
 from nanomed.run.flags import UsageError
+from nanomed.run.ranks import Ranks
 
 
 class Journal:
@@ -42,12 +45,25 @@ class Journal:
                 file.write(_line(record))
                 file.flush()
                 os.fsync(file.fileno())
+                self._look(file)
 
     def records(self) -> dict[str, dict]:
         """All that is done, by key, in the order in which it was written."""
         with self._locked() as file:
             self._look(file)
         return dict(self.known)
+
+    def open(self, names: Sequence[str], ranks: Ranks, size: int) -> Iterator[list[str]]:
+        """Batches of the names that are still to be done: this process's share of them, and then, so that none waits
+        long for another, those that others have not finished. Two may then do the same one; the first to write counts.
+        """
+        done = self.records()
+        mine = [name for name in ranks.share(names) if name not in done]
+        for start in range(0, len(mine), size):
+            yield mine[start : start + size]
+        draw = random.Random(ranks.rank)
+        while ranks.world > 1 and (rest := [name for name in names if name not in self.records()]):
+            yield draw.sample(rest, min(size, len(rest)))
 
     def _look(self, file) -> None:
         """Read what has come since the last time. Lines are never changed, so the others need not be read again."""
