@@ -12,6 +12,16 @@ LLAMA3 = (
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+LLAMA31 = (  # without its part about tools
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = \"26 Jul 2024\" %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = \"\" %}{%- endif %}"
+    "{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}{{- \"Cutting Knowledge Date: December 2023\\n\" }}"
+    "{{- \"Today Date: \" + date_string + \"\\n\\n\" }}{{- system_message }}{{- \"<|eot_id|>\" }}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
+    "message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+)
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -40,10 +50,11 @@ GEMMA = (
     "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | "
     "trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-TEMPLATES = {"llama": LLAMA3, "mistral": MISTRAL, "qwen2": QWEN, "gemma2": GEMMA, "mistral3": MISTRAL3}
+TEMPLATES = {"llama": LLAMA3, "llama31": LLAMA31, "mistral": MISTRAL, "mistral3": MISTRAL3, "qwen2": QWEN,
+             "gemma2": GEMMA}  # fmt: skip
 
 
-FUNCTIONS = chat.PLAIN | {"mistral3": chat.mistral3}
+FUNCTIONS = chat.PLAIN | {"mistral3": chat.mistral3, "llama31": chat.llama31}
 
 
 def rendered(family: str, turns, system: str = "") -> str:
@@ -58,7 +69,7 @@ def rendered(family: str, turns, system: str = "") -> str:
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_templates_equal_the_published_ones(family, turns):
     assert FUNCTIONS[family](turns) == rendered(family, turns)
-    if family in ("llama", "qwen2"):
+    if family in ("llama", "llama31", "qwen2"):
         assert FUNCTIONS[family](turns, system="Be brief.") == rendered(family, turns, "Be brief.")
 
 
@@ -77,6 +88,7 @@ def test_llavas_conversations():
 def test_the_tokenizer_tells_which_template_and_whether_there_is_one():
     assert chat.template("mistral", {"[INST]"}.__contains__) is chat.mistral3
     assert chat.template("mistral", set().__contains__) is chat.mistral
+    assert chat.template("llama", {chat.MARKS["llama"], "<|eom_id|>"}.__contains__) is chat.llama31
     for family, mark in chat.MARKS.items():
         assert chat.template(family, {mark}.__contains__) is chat.PLAIN[family]
         with pytest.raises(WeightsError, match="Instruct"):

@@ -15,6 +15,9 @@ SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, pad_token_id=0)  # fmt: skip
 KINDS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, dict(rope_theta=5e5)),
+    "llama31": (transformers.LlamaForCausalLM, transformers.LlamaConfig,
+                dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+                                          high_freq_factor=4.0, original_max_position_embeddings=64))),
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, dict(sliding_window=7, rope_theta=1e6)),
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config,
@@ -115,6 +118,7 @@ def test_draws_invert_the_summed_probabilities():
 
 
 @pytest.mark.parametrize("said", [dict(model_type="falcon"), dict(rope_scaling=dict(rope_type="yarn")),
+                                  dict(rope_scaling=dict(rope_type="llama3", factor=8)),
                                   dict(attention_bias=True), dict(hidden_act="relu")])  # fmt: skip
 def test_what_is_not_known_is_refused_by_name(said):
     with pytest.raises(WeightsError, match=str(next(iter(said))).replace("rope_scaling", "rope_type")):

@@ -25,6 +25,13 @@ def llama3(turns: Sequence[str], system: str = "") -> str:
     return f"{text}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
+def llama31(turns: Sequence[str], system: str = "") -> str:
+    """Llama 3.1 Instruct, without tools. Its system always names two dates, the second by default that of the files."""
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    first = f"<|start_header_id|>system<|end_header_id|>\n\n{dates}{system.strip()}<|eot_id|>"
+    return first + llama3(turns)
+
+
 def mistral(turns: Sequence[str], system: str = "") -> str:
     """Mistral Instruct v0.1 and v0.2, which know no system: what it would say stands before the first question."""
     turns = [f"{system}\n\n{turns[0]}", *turns[1:]] if system else turns
@@ -85,4 +92,6 @@ def template(family: str, has: Callable[[str], bool]) -> Callable[..., str]:
     if family in MARKS and not has(MARKS[family]):
         raise WeightsError(f"this {family} cannot be asked: its tokenizer has no {MARKS[family]}, as those of Instruct "
                            f"models have")  # fmt: skip
-    return mistral3 if family == "mistral" and has("[INST]") else PLAIN[family]
+    newer = {"mistral": ("[INST]", mistral3), "llama": ("<|eom_id|>", llama31)}  # tokens that the first ones lack
+    mark, function = newer.get(family, ("", None))
+    return function if mark and has(mark) else PLAIN[family]

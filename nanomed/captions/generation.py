@@ -65,9 +65,10 @@ def generate(
             token = logits.argmax(-1)
         token = token.masked_fill(done, padding)
         tokens.append(token)
-        done = done | torch.isin(token, stops)
-        if done.all():
-            break
+        if len(stops):
+            done = done | torch.isin(token, stops)
+            if done.all():  # waits for the device
+                break
         read = token[:, None]
         mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return torch.stack(tokens, dim=1) if tokens else prompt.new_zeros(len(prompt), 0, dtype=torch.long)

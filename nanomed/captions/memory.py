@@ -174,7 +174,7 @@ class Shares:
         for layer in self.writer.model.layers:
             for parameter in layer.parameters():
                 parameter.data = parameter.data.contiguous()  # all that FSDP2 takes
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # each is a root, which would stay whole
         rest_to(network, ranks.device)
         self.writer.register_forward_pre_hook(lambda *_: ranks.any(True) and None)
 
