@@ -8,7 +8,7 @@ LLaVA-NeXT and Ovis (networks/llava.py, ovis.py) and plain Llama 3, Mistral, Qwe
 makes such prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from nanomed import weights
 from nanomed.captions import chat
 from nanomed.captions.generation import generate
 from nanomed.captions.memory import LayersInTurn, Shares, compiled, to_int8, writer_of
-from nanomed.captions.networks.decoder import Decoder, load_decoder
-from nanomed.captions.networks.llava import LlavaNext, load_llava
-from nanomed.captions.networks.ovis import Ovis, load_ovis
+from nanomed.captions.networks import decoder, llava, ovis
+from nanomed.captions.networks.decoder import Decoder
+from nanomed.captions.networks.llava import LlavaNext
+from nanomed.captions.networks.ovis import Ovis
 from nanomed.run.randomness import seed_of
 from nanomed.run.ranks import ALONE, Ranks
 from nanomed.weights import WeightsError
@@ -164,9 +165,7 @@ def load(
         raise ValueError("shares are of weights as they are, not of whole numbers: int8 or place share, not both")
     path = weights.find(path)
     said = weights.settings(path, "a language model")
-    family = str(said.get("model_type", ""))
-    read = load_llava if family.startswith("llava") else load_ovis if family.startswith("ovis") else load_decoder
-    network = read(path, dtype)
+    network = family(said)[1](path, dtype)
     if int8:
         to_int8(writer_of(network))
     network.requires_grad_(False)
@@ -181,6 +180,14 @@ def load(
         compiled(writer_of(network))
     tokenizer = read_tokenizer(path)
     return Model(network, tokenizer, ends_of(path, said, tokenizer), said.get("prompt", ""), shares)
+
+
+def family(said: dict) -> tuple[Callable, Callable]:
+    """What makes the network that a `config.json` describes, on the meta device, and what reads it."""
+    kind = str(said.get("model_type", ""))
+    if kind.startswith("llava"):
+        return llava.sketch, llava.load_llava
+    return (ovis.sketch, ovis.load_ovis) if kind.startswith("ovis") else (decoder.sketch, decoder.load_decoder)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

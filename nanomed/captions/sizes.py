@@ -7,14 +7,14 @@ The captioners that are called by name have their published shapes here; of a fo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from nanomed import weights
 from nanomed.captions.memory import Int8Linear, tensors_of, to_int8, writer_of
-from nanomed.captions.networks.decoder import Decoder, DecoderConfig
+from nanomed.captions.models import family
+from nanomed.captions.networks.decoder import DecoderConfig
 from nanomed.captions.networks.llava import LlavaConfig, LlavaNext
 from nanomed.captions.networks.ovis import Ovis, OvisConfig, Partition
 from nanomed.captions.networks.tiles import Tiles
@@ -43,18 +43,7 @@ def sketch(model: str, folder: str = "") -> nn.Module:
     if model in KNOWN:
         return weights.build(KNOWN[model])
     path = weights.find(folder or model)
-    said = weights.settings(path, "a language model")
-    family = str(said.get("model_type", ""))
-    if family.startswith("ovis"):
-        config = OvisConfig.from_settings(said, str(path))
-        siglip = config.tower.model_type != "aimv2"
-        return weights.build(Ovis, config, Partition.of(path, config.tower.image_size, config.normed, siglip))
-    if family.startswith("llava"):
-        llava = LlavaConfig.from_settings(said, str(path))
-        wide = family != "llava_next"
-        return weights.build(LlavaNext, llava, Tiles.of(path, said, llava.vision.image_size, llava.vision.patch_size,
-                                                        wide))  # fmt: skip
-    return weights.build(Decoder, DecoderConfig.from_settings(said, str(Path(path))))
+    return family(weights.settings(path, "a language model"))[0](path)
 
 
 @dataclass(frozen=True)

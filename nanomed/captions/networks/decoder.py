@@ -301,10 +301,14 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def sketch(path: str | Path) -> Decoder:
+    """The language model of a folder, as its `config.json` describes it, on the meta device. Raises WeightsError."""
+    return weights.build(Decoder, DecoderConfig.from_settings(weights.settings(path, "a language model"), str(path)))
+
+
 def load_decoder(path: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     """The language model of a folder with `config.json` and `model.safetensors` (or shards), in evaluation mode.
     Raises WeightsError."""
-    path = Path(path)
-    config = DecoderConfig.from_settings(weights.settings(path, "a language model"), str(path))
-    optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    return weights.load(weights.build(Decoder, config), weights.read(path, "model", dtype=dtype), optional).eval()
+    network = sketch(path)
+    optional = ("lm_head.weight",) if network.config.tie_word_embeddings else ()
+    return weights.load(network, weights.read(path, "model", dtype=dtype), optional).eval()

@@ -162,6 +162,16 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name_of(name): tensor for name, tensor in tensors.items()}
 
 
+def sketch(path: str | Path, shapes: dict[str, torch.Size] | None = None) -> LlavaNext:
+    """The network of a folder, as its files describe it, on the meta device; `shapes` as in `LlavaConfig`. Raises
+    WeightsError."""
+    said = weights.settings(path, "a LLaVA-NeXT")
+    config = LlavaConfig.from_settings(said, str(path), shapes)
+    own = said.get("model_type") != "llava_next"
+    tiles = Tiles.of(path, said, config.vision.image_size, config.vision.patch_size, wide=own)
+    return weights.build(LlavaNext, config, tiles)
+
+
 def load_llava(path: str | Path, dtype: torch.dtype | None = None) -> LlavaNext:
     """The model of a folder in any of the layouts (one file or shards), in evaluation mode. Raises WeightsError.
 
@@ -169,14 +179,11 @@ def load_llava(path: str | Path, dtype: torch.dtype | None = None) -> LlavaNext:
     """
     path = Path(path)
     said = weights.settings(path, "a LLaVA-NeXT")
-    own = said.get("model_type") != "llava_next"
     tensors = renamed(weights.read(path, "model", dtype=dtype))
-    if own and not any(name.startswith("vision_tower.") for name in tensors):
+    if said.get("model_type") != "llava_next" and not any(name.startswith("vision_tower.") for name in tensors):
         tower = weights.find(said.get("mm_vision_tower", "openai/clip-vit-large-patch14-336"), path.parent.parent)
         found = weights.read(tower, "model", prefix="vision_model.", dtype=dtype)
         tensors |= {f"vision_tower.{name}": tensor for name, tensor in found.items()}
-    config = LlavaConfig.from_settings(said, str(path), {name: tensor.shape for name, tensor in tensors.items()})
-    tiles = Tiles.of(path, said, config.vision.image_size, config.vision.patch_size, wide=own)
-    network = weights.build(LlavaNext, config, tiles)
-    optional = ("language_model.lm_head.weight",) if config.text.tie_word_embeddings else ()
+    network = sketch(path, {name: tensor.shape for name, tensor in tensors.items()})
+    optional = ("language_model.lm_head.weight",) if network.config.text.tie_word_embeddings else ()
     return weights.load(network, tensors, optional).eval()

@@ -271,12 +271,15 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def load_ovis(path: str | Path, dtype: torch.dtype | None = None) -> Ovis:
-    """The model of a folder in either layout (one file or shards), in evaluation mode. Raises WeightsError."""
-    path = Path(path)
+def sketch(path: str | Path) -> Ovis:
+    """The network of a folder, as its files describe it, on the meta device. Raises WeightsError."""
     config = OvisConfig.from_settings(weights.settings(path, "an Ovis"), str(path))
     siglip = config.tower.model_type != "aimv2"
-    partition = Partition.of(path, config.tower.image_size, config.normed, siglip)
-    optional = (*UNREAD, *["llm.lm_head.weight"][: config.text.tie_word_embeddings])
-    network = weights.build(Ovis, config, partition)
+    return weights.build(Ovis, config, Partition.of(path, config.tower.image_size, config.normed, siglip))
+
+
+def load_ovis(path: str | Path, dtype: torch.dtype | None = None) -> Ovis:
+    """The model of a folder in either layout (one file or shards), in evaluation mode. Raises WeightsError."""
+    network = sketch(path)
+    optional = (*UNREAD, *["llm.lm_head.weight"][: network.config.text.tie_word_embeddings])
     return weights.load(network, renamed(weights.read(path, "model", dtype=dtype)), optional).eval()
