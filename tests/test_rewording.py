@@ -71,6 +71,21 @@ def test_a_fact_more_or_another_is_seen(text):
     assert facts(text) != facts_of(TWO)
 
 
+@pytest.mark.parametrize("prompt, text", [
+    (grammar.colors(["red"]), "Draw a red instrument beside an abnormality."),
+    (grammar.colors(["red"]), "Draw a red polyp."),
+    (grammar.procedure("colonoscopy"), "A polyp as seen in a colonoscopy."),
+    (grammar.not_containing("text"), "An image with neither text nor a tube."),
+    (grammar.containing("tube"), "An image with a tube and an instrument."),
+    (grammar.containing("a polyp"), "An image."),
+    (grammar.paris(["is"]), "A polyp whose type is unclear."),
+    (grammar.located("abnormality", ["center"]), "An abnormality and an instrument in the center."),
+    (grammar.located("abnormality", ["center"]), "An abnormality left of the center."),
+])  # fmt: skip
+def test_a_thing_more_or_another_is_seen(prompt, text):
+    assert facts(text, grammar.parse(prompt).get("colors", ())) != facts_of(prompt)
+
+
 def test_no_two_prompts_that_differ_are_taken_for_each_other():
     """A wording of one, read, is none of the others' facts."""
     prompts = random.Random(1).sample(grammar.all_prompts(), 120)

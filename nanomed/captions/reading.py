@@ -9,6 +9,7 @@ the facts are no longer the same. What fits no statement makes "unread" one of t
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from nanomed.data import grammar
 from nanomed.data.grammar import BOX, COLORS, PARIS
@@ -78,61 +79,69 @@ def facts(text: str, colors: Iterable[str] = ()) -> dict:
         found[kind].append(value)
     things, objects, cells = set(found["thing"]), frozenset(found["object"]), frozenset(found["cell"])
     said: dict = {}
-    if found["paris"]:
-        said["paris"] = frozenset(found["paris"])
-    if found["size"]:
-        said["sizes"] = frozenset(found["size"])
-    if found["color"]:
-        said["colors"] = frozenset(found["color"])
-    for name in set(found["procedure"]):
-        said["procedure"] = name if "procedure" not in said else "both"
+    for kind, name, carriers in (("paris", "paris", {"polyp"}), ("size", "sizes", {"polyp"}),
+                                 ("color", "colors", {"finding"})):  # fmt: skip
+        if found[kind]:
+            said[name] = frozenset(found[kind])
+            if things - carriers:
+                said["unread"] = True
+    if found["procedure"]:
+        said["procedure"] = found["procedure"][0]
+        if things or len(set(found["procedure"])) > 1:
+            said["unread"] = True
     if cells:
         said |= {PLACES[thing]: cells for thing in things} if things else {"unread": True}
-    only = things.pop() if len(things) == 1 else None
+    only = next(iter(things)) if len(things) == 1 else None
     if found["number"]:
         said |= {f"{only}s": found["number"][0]} if only and len(found["number"]) == 1 else {"unread": True}
     if found["no"]:
         denied = {BOX: "box", "text": "text"}
-        if said or len(objects) + bool(only) != 1 or (objects and not objects <= denied.keys()) or only == "landmark":
+        if said or len(objects) + len(things) != 1 or objects - denied.keys() or only == "landmark":
             said["unread"] = True
         else:
             said |= {f"{only}s": 0} if only else {denied[name]: False for name in objects}
-    elif objects:
-        said["contains"] = objects | ({"a polyp"} if only == "polyp" else set())
-        if only not in ("polyp", None) or things:
+    elif objects or not said:
+        said["contains"] = objects | ({"a polyp"} if "polyp" in things else set())
+        if things - {"polyp"}:
             said["unread"] = True
-    elif not said:
-        said = {"contains": frozenset({"a polyp"})} if only == "polyp" else {"unread": True}
     if found["unread"]:
         said["unread"] = True
     return said
 
 
-def _words(text: str, colors: Iterable[str]) -> Iterator[tuple[str, object]]:
-    """(kind, value) of all words that mean something here, from left to right."""
+@cache
+def _pattern(colors: tuple[str, ...]) -> tuple[re.Pattern, list[tuple[str, object]]]:
+    """What finds the words that mean something, and (kind, value) of each of its groups."""
     hues = sorted({*COLORS, "gray", *(color.lower() for color in colors)}, key=len, reverse=True)
     types = "|".join(PARIS)
-    patterns = [
-        ("paris", rf"(?:paris|type|class)(?:\W+(?:paris|class(?:ification|ified)?|type|as))*\W+(?:{types})\b"
-                  rf"(?:(?:, | and | or |, and )(?:paris )?(?:{types})\b)*", None),
-        *(("size", pattern, name) for name, pattern in SIZES.items()),
-        ("procedure", r"colonoscop\w+", "colonoscopy"), ("procedure", r"gastroscop\w+", "gastroscopy"),
-        *(("object", pattern, name) for name, pattern in OBJECTS.items()),
-        *(("thing", pattern, name) for name, pattern in THINGS.items()),
-        *(("cell", rf"(?:{a})(?:[- ]|-?most[- ])(?:{b})", f"{row}-{column}".replace("center-center", "center"))
+    introduced = r"(?:paris|type|class)(?:\W+(?:paris|class(?:ification|ified)?|type|as))*\W+"
+    parts = [  # "Is" is a type, "is" only right behind "paris", where the organisers write it so
+        ("paris", None, rf"(?:{introduced}(?-i:Is|(?i:ip|iia))\b|paris is\b)"
+                        rf"(?:(?:, | and | or |, and )(?:paris )?(?:{types})\b)*"),
+        *(("size", name, pattern) for name, pattern in SIZES.items()),
+        ("procedure", "colonoscopy", r"colonoscop\w+"), ("procedure", "gastroscopy", r"gastroscop\w+"),
+        *(("object", name, pattern) for name, pattern in OBJECTS.items()),
+        *(("thing", name, pattern) for name, pattern in THINGS.items()),
+        *(("cell", f"{row}-{column}".replace("center-center", "center"), rf"(?:{a})(?:[- ]|-?most[- ])(?:{b})")
           for row, a in ROWS.items() for column, b in COLUMNS.items()),
-        ("cell", ROWS["center"], "center"),
-        ("color", rf"(?:(?:pale|dark|light|bright|deep)[- ])?(?:{'|'.join(map(re.escape, hues))})(?:ish)?", None),
-        ("number", "|".join(NUMBERS) + r"|\d+", None),
-        ("no", NO, True),
-        ("unread", rf"left|right|upper|lower|top|bottom|{MANY}|{STRANGE}|\d+", True),
+        ("cell", "center", ROWS["center"]),
+        ("color", None, rf"(?:(?:pale|dark|light|bright|deep)[- ])?(?:{'|'.join(map(re.escape, hues))})(?:ish)?"),
+        ("number", None, "|".join(NUMBERS) + r"|\d+"),
+        ("no", True, NO),
+        ("unread", True, rf"left|right|upper|lower|top|bottom|{MANY}|{STRANGE}"),
     ]  # fmt: skip
-    whole = "|".join(rf"(?P<g{i}>{pattern})" for i, (_, pattern, _) in enumerate(patterns))
-    for match in re.finditer(rf"(?<![\w<>])(?:{whole})(?!\w)", text.lower()):
-        kind, _, value = patterns[int(match.lastgroup[1:])]
-        word = match[0]
+    whole = "|".join(rf"(?P<g{i}>{pattern})" for i, (_, _, pattern) in enumerate(parts))
+    return re.compile(rf"(?<![\w<>])(?:{whole})(?!\w)", re.I), [(kind, value) for kind, value, _ in parts]
+
+
+def _words(text: str, colors: Iterable[str]) -> Iterator[tuple[str, object]]:
+    """(kind, value) of all words that mean something here, from left to right."""
+    pattern, groups = _pattern(tuple(colors))
+    for match in pattern.finditer(text):
+        kind, value = groups[int(match.lastgroup[1:])]
+        word = match[0].lower()
         if kind == "paris":
-            yield from (("paris", one) for one in re.findall(rf"\b({types})\b", word))
+            yield from (("paris", one) for one in re.findall(rf"\b({'|'.join(PARIS)})\b", word))
         elif kind == "color":
             yield "color", word.removesuffix("ish").replace("gray", "grey")
         elif kind == "number":

@@ -101,11 +101,10 @@ class Partition:
         """The share of an image of `size` (width, height) that is left when its rows x columns parts are shrunk to
         tiles. The parts are of whole pixels, and the last of a row or column takes what remains."""
         (width, height), total = size, 0.0
-        for down in _parts(height, rows):
-            for across in _parts(width, columns):
-                longer, shorter = max(across[1] - across[0], down[1] - down[0]), min(
-                    across[1] - across[0], down[1] - down[0])  # fmt: skip
-                total += longer * shorter if longer <= self.side else self.side * (shorter / longer * self.side)
+        for above, below in _parts(height, rows):
+            for left, right in _parts(width, columns):
+                shorter, longer = sorted((right - left, below - above))
+                total += shorter * longer if longer <= self.side else self.side * (shorter / longer * self.side)
         return total / (width * height)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -121,18 +120,18 @@ class Partition:
 
     def cut(self, image: Image.Image) -> Tensor:
         """An RGB image -> float32 (1 or 1 + tiles, 3, side, side), the overview first."""
-        rows, columns = self.grid(image.size)
-        width, height = image.size
-        side = self.side
+        (rows, columns), (width, height), side = self.grid(image.size), image.size, self.side
+        several = rows * columns > 1
         if self.stretched:
             canvas = image.resize((side * columns, side * rows), Image.Resampling.BICUBIC)
-            tiles = [canvas.crop((x, y, x + side, y + side)) for y in range(0, side * rows, side)
-                     for x in range(0, side * columns, side)]  # fmt: skip
-            overview = [image.resize((side, side), Image.Resampling.BICUBIC)] if len(tiles) > 1 else []
-            return torch.stack([normalised(tile, self.mean, self.std) for tile in overview + tiles])
-        tiles = [image.crop((left, above, right, below)) for above, below in _parts(height, rows)
-                 for left, right in _parts(width, columns)]  # fmt: skip
-        return torch.stack([self.fitted(tile) for tile in ([image] if len(tiles) > 1 else []) + tiles])
+            parts = [image.resize((side, side), Image.Resampling.BICUBIC)] if several else []
+            parts += [canvas.crop((x, y, x + side, y + side)) for y in range(0, side * rows, side)
+                      for x in range(0, side * columns, side)]  # fmt: skip
+            return torch.stack([normalised(part, self.mean, self.std) for part in parts])
+        parts = [image] if several else []
+        parts += [image.crop((left, above, right, below)) for above, below in _parts(height, rows)
+                  for left, right in _parts(width, columns)]  # fmt: skip
+        return torch.stack([self.fitted(part) for part in parts])
 
     def fitted(self, tile: Image.Image) -> Tensor:
         """A part of an image, its longer side that of the tower, amid zeros (3, side, side)."""
