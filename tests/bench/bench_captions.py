@@ -4,7 +4,8 @@
 
 A Llama with random weights in bfloat16 on a GPU, float32 on a CPU; prefill is one pass over the prompt, decode the
 tokens behind it one by one, what both take less what prefill takes. The columns: seconds here, seconds there, how many
-times as fast, largest difference. Last, how many times as long as one prompt a batch of 8 takes.
+times as fast, largest difference. Then layers that come from the host in turn, beside all on the device; and how many
+times as long as one prompt a batch of 8 takes.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import transformers  # noqa: E402
 from interleaved import compare  # noqa: E402
 
 from nanomed.captions.generation import generate  # noqa: E402
+from nanomed.captions.memory import LayersInTurn  # noqa: E402
 from nanomed.captions.networks.decoder import load_decoder  # noqa: E402
 
 
@@ -39,7 +41,8 @@ def main() -> None:
     there = transformers.LlamaForCausalLM(config).to(dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         there.save_pretrained(folder)
-        here = load_decoder(folder).to(said.device)
+        here, turned = load_decoder(folder).to(said.device), load_decoder(folder)
+    LayersInTurn(turned, said.device)
     there.to(said.device)
     taken = {}
     for batch in (1, 8):
@@ -60,6 +63,9 @@ def main() -> None:
         print(f"{f'batch {batch}: decode':28} {decode[0]:>8.3f}s {decode[1]:>9.3f}s {decode[1] / decode[0]:>6.3f}x   "
               f"{batch * (said.new - 1) / decode[0]:,.0f} tokens a second here")  # fmt: skip
         taken[batch] = whole[0]
+    for name, network in (("layers in turn", turned), ("all on the device", here)):
+        compare(f"{name}, batch 1", lambda: generate(network, ids[:1], mask[:1], said.new),  # noqa: B023
+                lambda: generate(here, ids[:1], mask[:1], said.new), said.repeats, said.device)  # fmt: skip
     print(f"batch 8 takes {taken[8] / taken[1]:.2f} times as long as batch 1")
 
 
