@@ -7,9 +7,9 @@ import torch
 from conftest import close
 
 import nanomed.captions
-from nanomed.captions import sizes, tiny
+from nanomed.captions import generation, sizes, tiny
 from nanomed.captions.memory import Int8Linear, LayersInTurn, compiled, tensors_of, to_int8
-from nanomed.captions.networks.decoder import Decoder, DecoderConfig
+from nanomed.captions.networks.decoder import Cache, Decoder, DecoderConfig
 from nanomed.captions.sizes import Needs
 from nanomed.run.ranks import Ranks
 from nanomed.weights import build
@@ -173,24 +173,17 @@ def test_needs_are_the_bytes_that_are_there():
     assert any(isinstance(m, Int8Linear) for m in meta.modules()) and held < total
 
 
-def test_the_cache_takes_what_it_is_said_to_take():
-    from nanomed.captions.generation import generate
-    from nanomed.captions.networks import decoder as file
-
+def test_the_cache_takes_what_it_is_said_to_take(monkeypatch):
+    """To the byte: it has room for the prompt and what is to be written from the start."""
     made = []
 
-    class Watched(file.Cache):
+    class Watched(Cache):
         def __init__(self, *given):
             super().__init__(*given)
             made.append(self)
 
-    from nanomed.captions import generation
-
-    real, generation.Cache = generation.Cache, Watched
-    try:
-        generate(decoder(), ids(2, 9), torch.ones(2, 9), 7)
-    finally:
-        generation.Cache = real
+    monkeypatch.setattr(generation, "Cache", Watched)
+    generation.generate(decoder(), ids(2, 9), torch.ones(2, 9), 7)
     taken = sum(block.nbytes for pair in made[0].blocks for block in pair)
     assert taken == pytest.approx(Needs.of(decoder(), 2, 9, 7).cache * 1e9, abs=1)
 
