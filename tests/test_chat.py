@@ -4,6 +4,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanomed.captions import chat
+from nanomed.weights import WeightsError
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
@@ -11,11 +12,28 @@ LLAMA3 = (
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+LLAMA31 = (  # without its part about tools
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = \"26 Jul 2024\" %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = \"\" %}{%- endif %}"
+    "{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}{{- \"Cutting Knowledge Date: December 2023\\n\" }}"
+    "{{- \"Today Date: \" + date_string + \"\\n\\n\" }}{{- system_message }}{{- \"<|eot_id|>\" }}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
+    "message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+)
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+MISTRAL3 = (  # v0.3
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 QWEN = (
@@ -32,7 +50,11 @@ GEMMA = (
     "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | "
     "trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-TEMPLATES = {"llama": LLAMA3, "mistral": MISTRAL, "qwen2": QWEN, "gemma2": GEMMA}
+TEMPLATES = {"llama": LLAMA3, "llama31": LLAMA31, "mistral": MISTRAL, "mistral3": MISTRAL3, "qwen2": QWEN,
+             "gemma2": GEMMA}  # fmt: skip
+
+
+FUNCTIONS = chat.PLAIN | {"mistral3": chat.mistral3, "llama31": chat.llama31}
 
 
 def rendered(family: str, turns, system: str = "") -> str:
@@ -46,14 +68,14 @@ def rendered(family: str, turns, system: str = "") -> str:
 @pytest.mark.parametrize("turns", [["What is seen?"], ["Say it\nanew.", "A polyp.", "Again, 'shorter' <5mm & {x}"]])
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_templates_equal_the_published_ones(family, turns):
-    assert chat.PLAIN[family](turns) == rendered(family, turns)
-    if family in ("llama", "qwen2"):
-        assert chat.PLAIN[family](turns, system="Be brief.") == rendered(family, turns, "Be brief.")
+    assert FUNCTIONS[family](turns) == rendered(family, turns)
+    if family in ("llama", "llama31", "qwen2"):
+        assert FUNCTIONS[family](turns, system="Be brief.") == rendered(family, turns, "Be brief.")
 
 
 def test_spaces_around_a_text_are_cut_where_the_template_does():
     for family in TEMPLATES:
-        assert chat.PLAIN[family]([" two \n"]) == rendered(family, [" two \n"])
+        assert FUNCTIONS[family]([" two \n"]) == rendered(family, [" two \n"])
 
 
 def test_llavas_conversations():
@@ -61,3 +83,20 @@ def test_llavas_conversations():
     plain = rendered("llama", ["<image>\nWhat?"], chat.LLAVA_SYSTEM)
     assert chat.llava_llama3_hf("What?") == plain and chat.llava_llama3("What?") == "<|begin_of_text|>" + plain
     assert chat.llava_mistral("What?") == "[INST] <image>\nWhat? [/INST]"
+
+
+def test_the_tokenizer_tells_which_template_and_whether_there_is_one():
+    assert chat.template("mistral", {"[INST]"}.__contains__) is chat.mistral3
+    assert chat.template("mistral", set().__contains__) is chat.mistral
+    assert chat.template("llama", {chat.MARKS["llama"], "<|eom_id|>"}.__contains__) is chat.llama31
+    for family, mark in chat.MARKS.items():
+        assert chat.template(family, {mark}.__contains__) is chat.PLAIN[family]
+        with pytest.raises(WeightsError, match="Instruct"):
+            chat.template(family, set().__contains__)
+    assert chat.mistral3(["a", "b", "c"], "Be brief.") == "[INST] a[/INST] b</s>[INST] Be brief.\n\nc[/INST]"
+
+
+def test_the_conversations_of_ovis():
+    """Ovis 2's system is Qwen 2's; Ovis 1.6 says Gemma's mark by itself."""
+    assert chat.ovis_qwen2("What?") == rendered("qwen2", ["<image>\nWhat?"], "You are a helpful assistant.")
+    assert chat.ovis_gemma2("What?") == "<bos>" + rendered("gemma2", ["<image>\nWhat?"])

@@ -168,7 +168,8 @@ def test_importing_the_package_does_not_import_torch():
 # -------------------------------------------------------------------------------------------------------- README
 
 
-GUIDES = ["README.md", "CONTRIBUTING.md", "nanomed/systems/README.md", "nanomed/evaluation/README.md"]
+GUIDES = ["README.md", "CONTRIBUTING.md", "nanomed/systems/README.md", "nanomed/evaluation/README.md",
+          "nanomed/captions/README.md"]  # fmt: skip
 
 
 def commands() -> list[str]:

@@ -7,14 +7,17 @@ import torch
 import transformers
 from conftest import close
 
-from nanomed.captions.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.captions.generation import draw, filtered, generate
+from nanomed.captions.networks.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.weights import WeightsError
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, pad_token_id=0)  # fmt: skip
 KINDS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, dict(rope_theta=5e5)),
+    "llama31": (transformers.LlamaForCausalLM, transformers.LlamaConfig,
+                dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+                                          high_freq_factor=4.0, original_max_position_embeddings=64))),
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, dict(sliding_window=7, rope_theta=1e6)),
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config,
@@ -73,14 +76,40 @@ def test_left_padded_batches_equal_single_ones(pair):
     assert torch.equal(generate(ours, prompt, mask, 24)[:1], single)
 
 
-def test_filters_equal_transformers_in_its_order():
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.8, 50, 0.9), (1.0, 0, 1.0), (1.7, 5, 1.0), (0.3, 0, 0.5),
+                                                       (0.8, 500, 0.01), (0.8, 1, 0.9)])  # fmt: skip
+def test_filters_equal_transformers_in_its_order(temperature, top_k, top_p):
+    """To the bit, ties at the k-th place among them; a k above the vocabulary, a p that leaves the likeliest alone."""
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = 3 * torch.randn(8, 97, generator=torch.Generator().manual_seed(2))
-    expected = logits
-    for warper in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)):
-        expected = warper(None, expected)
-    assert torch.equal(filtered(logits, 0.8, 50, 0.9), expected)
+    logits[:4] = logits[:4].round()
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+    assert torch.equal(filtered(logits, temperature, top_k, top_p), expected)
+
+
+def test_sampling_equals_transformers_when_fed_the_same_uniform_numbers(pair, monkeypatch):
+    """Its whole `generate` with do_sample, whose one source of chance (torch.multinomial) is made to invert the summed
+    probabilities at these numbers: the same tokens over 40 steps, a left-padded prompt among them."""
+    reference, ours = pair
+    numbers = torch.rand(40, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    prompt, mask = ids(3, 17), torch.ones(3, 17, dtype=torch.long)
+    mask[1, :6] = 0
+    steps = iter(numbers)
+
+    def multinomial(probabilities, num_samples):
+        assert num_samples == 1
+        passed = probabilities.double().cumsum(-1) > next(steps)[:, None] * probabilities.double().sum(-1, True)
+        return passed.int().argmax(-1, keepdim=True)  # the first place
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    expected = reference.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=True, temperature=0.8,
+                                  top_k=50, top_p=0.9)[:, 17:]  # fmt: skip
+    drawn = generate(ours, prompt, mask, 40, (), 0.8, 50, 0.9, uniform=lambda step: numbers[step])
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(drawn, generate(ours, prompt, mask, 40))  # not the likeliest ones
 
 
 def test_draws_invert_the_summed_probabilities():
@@ -89,6 +118,7 @@ def test_draws_invert_the_summed_probabilities():
 
 
 @pytest.mark.parametrize("said", [dict(model_type="falcon"), dict(rope_scaling=dict(rope_type="yarn")),
+                                  dict(rope_scaling=dict(rope_type="llama3", factor=8)),
                                   dict(attention_bias=True), dict(hidden_act="relu")])  # fmt: skip
 def test_what_is_not_known_is_refused_by_name(said):
     with pytest.raises(WeightsError, match=str(next(iter(said))).replace("rope_scaling", "rope_type")):

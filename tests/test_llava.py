@@ -16,9 +16,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 import nanomed.captions
 from nanomed import weights
 from nanomed.captions.generation import generate
-from nanomed.captions.llava import LlavaConfig, LlavaNext, renamed
-from nanomed.captions.models import Int8Linear
-from nanomed.captions.tiles import Tiles
+from nanomed.captions.memory import Int8Linear
+from nanomed.captions.networks.llava import LlavaConfig, LlavaNext, renamed
+from nanomed.captions.networks.tiles import Tiles
 from nanomed.weights import WeightsError
 
 GRIDS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]

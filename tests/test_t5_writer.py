@@ -10,8 +10,8 @@ from manifests import about, config, names_and_shapes
 from safetensors.torch import load_file, save_file
 
 from nanomed import weights
-from nanomed.captions import t5
-from nanomed.captions.decoder import Cache
+from nanomed.captions.networks import t5
+from nanomed.captions.networks.decoder import Cache
 from nanomed.text.unigram import train_unigram
 
 SHAPE = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,

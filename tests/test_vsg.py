@@ -18,6 +18,7 @@ from nanomed.captions import review, vsg
 from nanomed.captions.vsg import Journal, Picture, Result, Rules
 from nanomed.data.table import DataError
 from nanomed.run.flags import UsageError
+from nanomed.run.ranks import Ranks
 
 START = "An endoscopic image of dyed lifted polyps"
 FEATURES = "specific color, shape, surrounding mucosa, surface texture, bleeding condition"
@@ -194,6 +195,21 @@ def test_processes_that_do_the_same_write_each_picture_once(tmp_path):
     lines = out.with_name("captions.csv.jsonl").read_text().splitlines()
     assert [process.exitcode for process in running] == [0] * 4
     assert sorted(json.loads(line)["file_name"] for line in lines[1:]) == sorted(f"{i}.png" for i in range(60))
+
+
+def test_a_process_that_is_done_helps_the_others(tmp_path):
+    """Of two, one never starts: the other does its own share first and then all of its, one batch after another."""
+    names, journal = [f"{i}.png" for i in range(7)], Journal(tmp_path / "c.csv", {})
+    journal.append(Result("2.png", "polyp"))
+    order = []
+    for batch in journal.open(names, Ranks(0, 2), 2):
+        order += batch
+        for name in batch:
+            journal.append(Result(name, "polyp"))
+    assert order[:3] == ["0.png", "4.png", "6.png"] and sorted(order[3:]) == ["1.png", "3.png", "5.png"]
+    assert list(Journal(tmp_path / "c.csv", {}).open(names, Ranks(1, 2), 2)) == []
+    alone = Journal(tmp_path / "alone.csv", {})
+    assert list(alone.open(names, Ranks(), 4)) == [names[:4], names[4:]]  # and what is not written is not asked again
 
 
 def test_half_a_line_at_the_end_is_cut_off_and_its_picture_done_again(tmp_path):

@@ -1,6 +1,6 @@
 """Prompts about images: paraphrases, and language models that write, with eyes or without.
 
-    nanomed.captions.load(FOLDER)    a model with `logits` and `generate` (models.py)
+    nanomed.captions.load(FOLDER)    a model with `logits` and `generate` (models.py; its networks are in networks/)
 
 May import `text`, `data` (for the grammar of the organisers' prompts), `weights` and `run`; must not know systems.
 """

@@ -2,9 +2,10 @@
 
 python -m nanomed.captions vsg folder:DIR --out captions.csv --model llava-llama3 --modality endoscopy
 python -m nanomed.captions simplify captions.csv --model t5-large
+python -m nanomed.captions paraphrase prompt-gt.csv --model weights/Qwen/Qwen2.5-7B-Instruct --out paraphrases.csv
 python -m nanomed.captions train --out weights/captioner-tiny
 
-`vsg` goes on where it was stopped, and under torchrun its processes share the images.
+`vsg` and `paraphrase` go on where they were stopped, and under torchrun their processes share the work.
 """
 
 import csv
@@ -18,7 +19,10 @@ import torch
 from tqdm import tqdm
 
 from nanomed import weights
-from nanomed.captions import t5, vsg
+from nanomed.captions import paraphrase as rules
+from nanomed.captions import rewording, vsg
+from nanomed.captions.journal import Journal
+from nanomed.captions.networks import t5
 from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
@@ -28,6 +32,8 @@ from nanomed.text.unigram import T5Tokenizer
 REPOSITORIES = {
     "llava-llama3": "lmms-lab/llama3-llava-next-8b",  # what Med-Art's released code asked
     "llava-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "ovis": "AIDC-AI/Ovis1.6-Gemma2-9B",
+    "ovis2": "AIDC-AI/Ovis2-8B",
     "tiny": "captioner-tiny",
     "t5-large": "google-t5/t5-large", "t5-base": "google-t5/t5-base", "t5-small": "google-t5/t5-small",
 }  # fmt: skip
@@ -36,41 +42,60 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Vsg:
-    out: str = "captions.csv"  # the captions; what is known of every image lies beside it, in OUT.jsonl
-    model: str = "llava-llama3"  # llava-llama3, llava-mistral, tiny, or the folder of a model
+    out: Annotated[str, "a file to write"] = "captions.csv"  # captions; all that is known of the images is in OUT.jsonl
+    model: str = "llava-llama3"  # llava-llama3, llava-mistral, ovis, ovis2, tiny, or the folder of a model
     modality: str = "endoscopy"  # endoscopy, skin, xray, fundus or microscopy
     simplifier: str = ""  # T5 that shortens what is too long: t5-large (the paper's), a folder; empty: ask again
     tokenizer: str = ""  # folder of T5's tokenizer that counts; empty: the simplifier's, PixArt's or t5-small's
     count: Annotated[str, "t5 | captioner"] = "t5"  # whose tokens; the released code counts the captioner's
-    limit: Annotated[int, ">= 1"] = vsg.LIMIT  # tokens that a caption may have
-    attempts: Annotated[int, ">= 1"] = 10  # answers drawn for an image at most
-    batch: Annotated[int, ">= 1"] = 4  # images asked about together
+    limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # tokens that a caption may have
+    attempts: Annotated[int, "1 .. 10000"] = 10  # answers drawn for an image at most
+    batch: Annotated[int, "1 .. 65536"] = 4  # images asked about together
     precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the weights
     int8: bool = False  # the language model in whole numbers, row by row: half of bf16's memory, near its answers
-    seed: int = 0  # of all the answers
+    place: Annotated[str, "device | cpu | share"] = "device"  # of its layers; cpu: one by one; share: by process
+    compile: bool = False  # let torch.compile fuse what it can: a minute at first, faster then
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
     review: bool = False  # also write OUT.html, image beside caption
+    dry_run: bool = False  # say what memory it takes, by arithmetic, and end
 
 
 @dataclass
 class Simplify:
     model: str = "t5-large"  # or a folder of a T5
-    out: str = ""  # empty: FILE.simplified.csv
-    limit: Annotated[int, ">= 1"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
-    batch: Annotated[int, ">= 1"] = 8  # captions at a time
+    out: Annotated[str, "a file to write"] = ""  # empty: FILE.simplified.csv
+    limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
+    batch: Annotated[int, "1 .. 65536"] = 8  # captions at a time
+
+
+@dataclass
+class Paraphrase:
+    out: Annotated[str, "a file to write"] = "paraphrases.csv"  # what became of each prompt is in OUT.jsonl
+    model: str = "grammar"  # folder of a Llama 3, Mistral, Qwen 2.5 or Gemma 2 Instruct; grammar: by rules, no model
+    count: Annotated[int, "1 .. 1000"] = 10  # paraphrases of a prompt
+    attempts: Annotated[int, "1 .. 10000"] = 40  # answers drawn for a prompt at most
+    judge: str = rewording.JUDGE  # folder of the text encoder, CLIP or T5, for prompts that are not of the grammar
+    agreement: Annotated[float, "0 .. 1"] = 0.8  # cosine of a prompt and a paraphrase there, at least
+    batch: Annotated[int, "1 .. 65536"] = 10  # answers drawn together
+    precision: Annotated[str, "fp32 | bf16 | fp16"] = "bf16"  # of the model's weights
+    int8: bool = False  # as of vsg
+    place: Annotated[str, "device | cpu | share"] = "device"  # as of vsg
+    compile: bool = False  # as of vsg
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
 
 
 @dataclass
 class Train:
-    out: str = "weights/captioner-tiny"  # folder of the captioner
-    steps: Annotated[int, ">= 1"] = 500  # of the optimizer
-    batch: Annotated[int, ">= 1"] = 32  # scenes at a time
-    scenes: Annotated[int, ">= 1"] = 3000  # of the toy world
-    seed: int = 0  # of weights and batches
+    out: Annotated[str, "a folder to write"] = "weights/captioner-tiny"  # folder of the captioner
+    steps: Annotated[int, "1 .. 10^9"] = 500  # of the optimizer
+    batch: Annotated[int, "1 .. 65536"] = 32  # scenes at a time
+    scenes: Annotated[int, "1 .. 10^6"] = 3000  # of the toy world
+    seed: Annotated[int, "0 ..< 2^63"] = 0  # of weights and batches
 
 
 def main() -> int:
     words = sys.argv[1:]
-    verbs = {"vsg": write_captions, "simplify": simplify, "train": train}
+    verbs = {"vsg": write_captions, "simplify": simplify, "paraphrase": paraphrase, "train": train}
     if not words or words[0] not in verbs:
         if words and words[0] in ("-h", "--help"):
             print(__doc__)
@@ -88,18 +113,30 @@ def subject(words: list[str], what: str) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write_captions(words: list[str]) -> int:
     spec, words = subject(words, "a data set such as folder:DIR")
     config = flags.parse(Vsg, words, description="Captions of a data set's images.")
     vsg.question(config.modality, "")
+    checked(config)
     ranks = Ranks.join()
     pictures = vsg.pictures(spec)
+    if config.dry_run:
+        from nanomed.captions import sizes
+
+        network = sizes.sketch(config.model, REPOSITORIES.get(config.model, config.model))
+        if ranks.first:
+            print(sizes.report(network, DTYPES[config.precision], config.batch, vsg.SAMPLING["max_new_tokens"],
+                               max(ranks.world, 2), config.model, len(pictures)))  # fmt: skip
+        return 0
+    reviewed = Path(config.out).with_name(Path(config.out).name + ".html")
+    if config.review:
+        files.expect_own(reviewed)
     path = weights.find(REPOSITORIES.get(config.model, config.model))
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
     from nanomed.captions.models import load
 
-    model = load(path, DTYPES[config.precision], ranks.device, config.int8)
+    model = load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, config.compile, ranks)
     model.ask("")
     own = config.count == "captioner" or (model.prompt and not config.tokenizer)  # a miniature brings no T5 along
     count = model.count if own else _counter(config.tokenizer, shortener)
@@ -108,18 +145,19 @@ def write_captions(words: list[str]) -> int:
                     int8=config.int8, seed=config.seed)  # fmt: skip
     journal = vsg.Journal(config.out, settings)
 
-    def rules(opening: str, features: str) -> vsg.Rules:
+    def judged(opening: str, features: str) -> vsg.Rules:
         return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
 
-    done = journal.results()
-    todo = [picture for picture in ranks.share(pictures) if picture.name not in done]
-    bar = tqdm(total=len(todo), unit="image", disable=None if ranks.first else True)
-    for start in range(0, len(todo), config.batch):
-        batch = list(todo[start : start + config.batch])
-        for result in vsg.caption(model, batch, config.modality, rules, config.attempts, config.seed):
+    named = {picture.name: picture for picture in pictures}
+    bar = tqdm(total=len(pictures), unit="image", disable=None if ranks.first else True)
+    for names in journal.open(list(named), ranks, config.batch):
+        bar.update(len(journal.known) - bar.n)  # the others' among them
+        batch = [named[name] for name in names]
+        for result in vsg.caption(model, batch, config.modality, judged, config.attempts, config.seed):
             journal.append(result)
-            bar.update()
+    bar.update(len(journal.known) - bar.n)
     bar.close()
+    model.finish()
     ranks.barrier()
     if ranks.first:
         journal.write_csv()
@@ -129,8 +167,8 @@ def write_captions(words: list[str]) -> int:
         if config.review:
             from nanomed.captions.review import page
 
-            out = Path(config.out)
-            files.write_text(out.with_name(out.name + ".html"), page(results, pictures, out))
+            files.write_text(reviewed, page(results, pictures, Path(config.out)))
+            files.mark_own(reviewed)
     return 0
 
 
@@ -172,6 +210,8 @@ def simplify(words: list[str]) -> int:
     text = column(records[0][1], TEXT_COLUMNS) if records else None
     if text is None:
         raise DataError(f"{path}: no rows with a column {' or '.join(TEXT_COLUMNS[:2])}")
+    target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
+    files.expect_own(target)
     shortener = _t5(config.model, Ranks.join().device)
     lengths = shortener.tokenizer.lengths([record[text] for _, record in records])
     long = [i for i, length in enumerate(lengths) if length > config.limit]
@@ -186,10 +226,58 @@ def simplify(words: list[str]) -> int:
     writer = csv.DictWriter(out, list(records[0][1]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(record for _, record in records)
-    target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
     files.write_text(target, out.getvalue())
+    files.mark_own(target)
     print(f"{target}: {len(long):,} of {len(records):,} captions shortened")
     return 0
+
+
+@torch.no_grad()
+def paraphrase(words: list[str]) -> int:
+    source, words = subject(words, "a file of prompts, or a data set such as clef:DIR,")
+    config = flags.parse(Paraphrase, words, description="Prompts in other words.")
+    if config.model == "grammar":
+        return rules.main([source, "--out", config.out, "--n", str(config.count)])
+    checked(config)
+    prompts = [prompt for prompt in dict.fromkeys(rules.read_source(source)) if prompt]
+    if not prompts:
+        raise DataError(f"{source}: no prompts")
+    ranks = Ranks.join()
+    path = weights.find(config.model)
+    encoder = None
+    if not all(map(rewording.in_grammar, prompts)):
+        encoder = rewording.Encoder(config.judge, prompts, ranks.device)
+    settings = dict(source=source, model=config.model, count=config.count, attempts=config.attempts, seed=config.seed,
+                    judge=config.judge, agreement=config.agreement, precision=config.precision,
+                    int8=config.int8)  # fmt: skip
+    from nanomed.captions.models import load
+
+    model = load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, config.compile, ranks)
+    model.say("")
+    journal = Journal(config.out, settings, key="prompt")
+    judged = rewording.Rules(encoder and encoder.agree, config.agreement)
+    bar = tqdm(total=len(prompts), unit="prompt", disable=None if ranks.first else True)
+    for (prompt,) in journal.open(prompts, ranks, 1):
+        bar.update(len(journal.known) - bar.n)
+        journal.append(rewording.reword(model, prompt, judged, config.count, config.attempts, config.batch,
+                                        config.seed))  # fmt: skip
+    bar.update(len(journal.known) - bar.n)
+    bar.close()
+    model.finish()
+    ranks.barrier()
+    if ranks.first:
+        rewording.write_csv(journal, prompts)
+        found = journal.records()
+        records = [found[prompt] for prompt in prompts if prompt in found]
+        print(f"{config.out}: {rewording.statistics(records, config.count)}")
+        if any(record["refused"] for record in records):
+            print(f"every refused answer, with its reason: {journal.path}")
+    return 0
+
+
+def checked(config: Vsg | Paraphrase) -> None:
+    if config.int8 and config.place == "share":
+        raise UsageError("--place share is for weights as they are, not for whole numbers: leave out --int8")
 
 
 def train(words: list[str]) -> int:

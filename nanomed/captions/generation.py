@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nanomed.captions.decoder import Cache, Decoder
+from nanomed.captions.networks.decoder import Cache, Decoder
 
 
 def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -53,7 +53,7 @@ def generate(
     """
     if temperature > 0 and uniform is None:
         raise ValueError("sampling needs `uniform`, which gives the random numbers")
-    cache, tokens = Cache(), []
+    cache, tokens = Cache(prompt.shape[1] + steps), []
     stops = torch.tensor(list(ends), dtype=torch.long, device=prompt.device)
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     read, mask = prompt, None if mask.bool().all() else mask.bool()
@@ -65,9 +65,10 @@ def generate(
             token = logits.argmax(-1)
         token = token.masked_fill(done, padding)
         tokens.append(token)
-        done = done | torch.isin(token, stops)
-        if done.all():
-            break
+        if len(stops):
+            done = done | torch.isin(token, stops)
+            if done.all():  # waits for the device
+                break
         read = token[:, None]
         mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return torch.stack(tokens, dim=1) if tokens else prompt.new_zeros(len(prompt), 0, dtype=torch.long)

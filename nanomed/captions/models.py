@@ -3,11 +3,12 @@
     model = load("weights/lmms-lab/llama3-llava-next-8b", dtype=torch.bfloat16, device="cuda")
     model.generate([image], [chat.llava_llama3("What is seen?")], max_new_tokens=150)   # a list of strings
 
-LLaVA-NeXT (llava.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2 (decoder.py). The text is the whole prompt
-as the model reads it, with `<image>` in the image's place; chat.py makes such prompts.
+LLaVA-NeXT and Ovis (networks/llava.py, ovis.py) and plain Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2
+(networks/decoder.py). The text is the whole prompt as the model reads it, with `<image>` in the image's place; chat.py
+makes such prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions import chat
-from nanomed.captions.decoder import Decoder, load_decoder
 from nanomed.captions.generation import generate
-from nanomed.captions.llava import LlavaNext, load_llava
+from nanomed.captions.memory import LayersInTurn, Shares, compiled, to_int8, writer_of
+from nanomed.captions.networks import decoder, llava, ovis
+from nanomed.captions.networks.decoder import Decoder
+from nanomed.captions.networks.llava import LlavaNext
+from nanomed.captions.networks.ovis import Ovis
 from nanomed.run.randomness import seed_of
+from nanomed.run.ranks import ALONE, Ranks
 from nanomed.weights import WeightsError
 
 IMAGE = "<image>"
@@ -28,12 +33,13 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")  # Llama 3, Qwen, Gemm
 
 
 class Model:
-    """A network with its tokenizer; `see` of the network, where it has one, is what makes it look at images."""
+    """A network with its tokenizer; a network with a `writer` has eyes: it `see`s images, and its writer reads them."""
 
-    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = ""):
-        self.network, self.tokenizer, self.ends = network, tokenizer, tuple(ends)
+    def __init__(self, network: nn.Module, tokenizer: Tokenizer, ends: Sequence[int], prompt: str = "",
+                 shares: Shares | None = None):  # fmt: skip
+        self.network, self.tokenizer, self.ends, self.shares = network, tokenizer, tuple(ends), shares
         self.prompt = prompt  # the only one that it knows, where it was trained on one
-        self.writer: Decoder = getattr(network, "language_model", network)
+        self.writer: Decoder = writer_of(network)
 
     @property
     def device(self) -> torch.device:
@@ -43,12 +49,26 @@ class Model:
         """The prompt that asks a question about an image, in the conversation that this model was trained on."""
         if self.prompt:
             return self.prompt
-        if not isinstance(self.network, LlavaNext):
+        if self.network is self.writer:
             raise WeightsError("this model reads text alone, so it cannot be asked about an image")
-        if self.network.config.text.model_type == "mistral":
+        family = self.writer.config.model_type
+        if isinstance(self.network, Ovis):
+            return chat.ovis_gemma2(question) if family == "gemma2" else chat.ovis_qwen2(question)
+        if family == "mistral":
             return chat.llava_mistral(question)
         own = self.network.config.image_token is None
         return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
+
+    def say(self, question: str, system: str = "") -> str:
+        """The prompt that asks something in words, in the conversation of this family's Instruct models."""
+        family, tokenizer = self.writer.config.model_type, self.tokenizer
+        return chat.template(family, lambda mark: tokenizer.token_to_id(mark) is not None)([question], system)
+
+    def finish(self) -> None:
+        """To be called when there is nothing left to write: where processes share the layers, the others may need
+        this one's."""
+        if self.shares is not None:
+            self.shares.finish()
 
     def logits(self, image: Image.Image | None, text: str) -> Tensor:
         """What follows each place of the prompt, (1, L, vocabulary); the image stands in many places."""
@@ -85,10 +105,9 @@ class Model:
         given = [image.convert("RGB") for image in images if image is not None]
         seen = iter(())
         if given:
-            if not isinstance(self.network, LlavaNext):
+            if self.network is self.writer:
                 raise ValueError("this model reads text alone, and was given an image")
-            pixels = [self.network.tiles.cut(image).to(self.device) for image in given]
-            seen = iter(self.network.see(pixels, [image.size for image in given]))
+            seen = iter(self.network.see(given))
         rows = []
         for image, text in zip(images, texts):
             parts = self.pieces(text)
@@ -105,9 +124,11 @@ class Model:
         """The tokens before `<image>` and those behind it; of a text without, all of them.
 
         Where `<image>` is a token, the text is tokenized whole (`-hf`). Else its parts are, one by one, and the mark at
-        the beginning that a tokenizer puts before each of them is kept once (LLaVA's own code). A prompt that says that
-        mark itself has it twice then, as there.
+        the beginning that a tokenizer puts before each of them is kept once (LLaVA's own code), or never (Ovis). A
+        prompt that says that mark itself has it twice with LLaVA's own code, as there.
         """
+        if isinstance(self.network, Ovis):
+            return [self.tokenizer.encode(part, add_special_tokens=False).ids for part in text.split(IMAGE)]
         token = self.network.config.image_token if isinstance(self.network, LlavaNext) else None
         if token is not None:
             ids = self.tokenizer.encode(text).ids
@@ -126,51 +147,47 @@ class Model:
         return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
 
 
-class Int8Linear(nn.Module):
-    """A product with a matrix of whole numbers, each row with its own scale: half of bfloat16's memory.
-
-    The largest of a row becomes 127, so a weight is off by half a step, 1/254 of it, at most.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        scale = linear.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        self.register_buffer("weight", (linear.weight.float() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
-
-
-def to_int8(decoder: Decoder) -> None:
-    """Put every product inside the layers of a decoder into whole numbers; embedding and head stay as they are."""
-    for layer in decoder.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                setattr(part, name, Int8Linear(linear))
-
-
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False
-) -> Model:
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False,
+    place: str = "device", compile: bool = False, ranks: Ranks = ALONE,
+) -> Model:  # fmt: skip
     """The model of a folder, or of a repository that `weights.find` finds: its family is told by `config.json`.
 
     dtype   convert to it while reading; None keeps the file's
     int8    keep the language model's products in whole numbers, row by row: 8 billion weights in 10 GB
+    place   of the language model's layers: "device"; "cpu": they come to the device one by one; "share": each of
+            `ranks` holds a share, and all must call the model's `finish` when they have nothing left to write
+    compile let torch.compile fuse what it can: a minute at first, faster then
 
     Raises WeightsError. Its parameters do not train.
     """
+    if int8 and place == "share":
+        raise ValueError("shares are of weights as they are, not of whole numbers: int8 or place share, not both")
     path = weights.find(path)
     said = weights.settings(path, "a language model")
-    llava = said.get("model_type", "").startswith("llava")
-    network = load_llava(path, dtype) if llava else load_decoder(path, dtype)
+    network = family(said)[1](path, dtype)
     if int8:
-        to_int8(getattr(network, "language_model", network))
+        to_int8(writer_of(network))
+    network.requires_grad_(False)
+    shares = None
+    if place == "cpu":
+        LayersInTurn(network, device)
+    elif place == "share" and ranks.world > 1:
+        shares = Shares(network, ranks)
+    else:
+        network.to(device)
+    if compile:
+        compiled(writer_of(network))
     tokenizer = read_tokenizer(path)
-    ends = ends_of(path, said, tokenizer)
-    return Model(network.requires_grad_(False).to(device), tokenizer, ends, said.get("prompt", ""))
+    return Model(network, tokenizer, ends_of(path, said, tokenizer), said.get("prompt", ""), shares)
+
+
+def family(said: dict) -> tuple[Callable, Callable]:
+    """What makes the network that a `config.json` describes, on the meta device, and what reads it."""
+    kind = str(said.get("model_type", ""))
+    if kind.startswith("llava"):
+        return llava.sketch, llava.load_llava
+    return (ovis.sketch, ovis.load_ovis) if kind.startswith("ovis") else (decoder.sketch, decoder.load_decoder)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -194,7 +211,8 @@ def ends_of(path: Path, said: dict, tokenizer: Tokenizer) -> list[int]:
     if (path / "generation_config.json").is_file():
         stated = weights.settings(path / "generation_config.json", "how a model writes").get("eos_token_id")
     if stated is None:
-        stated = said.get("eos_token_id", said.get("text_config", {}).get("eos_token_id"))
+        parts = (said, said.get("text_config") or {}, said.get("llm_config") or {})
+        stated = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
     ends = stated if isinstance(stated, list) else [stated]
     ends = [*ends, *(tokenizer.token_to_id(word) for word in TURN_ENDS)]
     return list(dict.fromkeys(int(token) for token in ends if token is not None))

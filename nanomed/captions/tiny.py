@@ -3,9 +3,9 @@
     python -m nanomed.captions train --out weights/captioner-tiny
     python -m nanomed.captions vsg toy:200 --model weights/captioner-tiny --out captions.csv
 
-The network is that of llava.py, saved in the layout of `-hf`: any code here takes it for a published one. Its tower
-looks at 48 pixels in patches of 16, so that a patch of the whole image is one of the nine cells that the organisers'
-prompts speak of, and at four tiles of the image at 96.
+The network is that of networks/llava.py, saved in the layout of `-hf`: any code here takes it for a published one. Its
+tower looks at 48 pixels in patches of 16, so that a patch of the whole image is one of the nine cells that the
+organisers' prompts speak of, and at four tiles of the image at 96.
 
 A caption says how many polyps there are, of which colour and in which cell, the box and the instrument; `claims` reads
 it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
@@ -25,10 +25,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 from tokenizers import decoders as joiners
 from torch import Tensor
 
-from nanomed.captions.decoder import DecoderConfig
-from nanomed.captions.llava import LlavaConfig, LlavaNext
 from nanomed.captions.models import Model
-from nanomed.captions.tiles import Tiles
+from nanomed.captions.networks.decoder import DecoderConfig
+from nanomed.captions.networks.llava import LlavaConfig, LlavaNext
+from nanomed.captions.networks.tiles import Tiles
 from nanomed.data import grammar, toy
 from nanomed.run import files
 from nanomed.text.clip_vision import ClipVisionConfig

@@ -11,14 +11,12 @@ empty      nothing
 The released code (VSG.py) counts with the captioner's own tokenizer; the paper speaks of what T5 reads, which is the
 default. That code repeats for ever; here a picture that gets no caption is listed with its reasons.
 
-Every answer depends on (seed, file, attempt) alone. What is known of a picture is one line of OUT.jsonl, appended whole
-under a lock; the CSV is made of these lines. So a run that was killed goes on, and several processes share the work.
+Every answer depends on (seed, file, attempt) alone. What is known of a picture is one line of OUT.jsonl (journal.py);
+the CSV is made of these. So a run that was killed goes on, and several processes share the work.
 """
 
 import csv
-import fcntl
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -30,6 +28,7 @@ from typing import Protocol
 from PIL import Image
 
 from nanomed import data
+from nanomed.captions import journal
 from nanomed.data.images import listing, open_rgb
 from nanomed.data.table import DataError
 from nanomed.run import files
@@ -199,40 +198,18 @@ def caption(
 # --------------------------------------------------------------------------------------------------------- the journal
 
 
-class Journal:
-    """OUT.jsonl: first the settings, then one line a picture, appended whole. Any number of processes may write."""
+class Journal(journal.Journal):
+    """OUT.jsonl with a line for each picture, and the CSV that is made of it."""
 
     def __init__(self, out: str | Path, settings: dict):
-        self.out = Path(out)
-        self.path = self.out.with_name(self.out.name + ".jsonl")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as file:
-            lines = _whole_lines(file)
-            if not lines:
-                if self.out.exists():
-                    raise UsageError(f"{self.out} was not written by this command; choose another --out or remove it")
-                file.write(_line(settings))
-                return
-            before = _read(lines[0], self.path, 1)
-            if before != settings:
-                names = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
-                raise UsageError(f"{self.path} holds captions made with other settings ({', '.join(sorted(names))}); "
-                                 f"choose another --out or remove it")  # fmt: skip
+        super().__init__(out, settings, key="file_name")
 
     def append(self, result: Result) -> None:
-        """Write a picture's line, unless another process has."""
-        with self._locked() as file:
-            lines = _whole_lines(file)
-            if all(json.loads(line).get("file_name") != result.file_name for line in lines[1:]):
-                file.write(_line(asdict(result)))
-                file.flush()
-                os.fsync(file.fileno())
+        super().append(asdict(result))
 
     def results(self) -> dict[str, Result]:
         """All pictures that are done, by name."""
-        with self._locked() as file:
-            lines = _whole_lines(file)
-        return {r.file_name: r for r in (Result(**_read(l, self.path, n)) for n, l in enumerate(lines[1:], 2))}
+        return {name: Result(**record) for name, record in self.records().items()}
 
     def write_csv(self) -> None:
         """OUT of all lines so far, for `--captions`: file_name,text,category,tokens,attempts,flags; sorted by name."""
@@ -243,32 +220,6 @@ class Journal:
             if r.text:
                 writer.writerow([r.file_name, r.text, r.category, r.tokens, r.attempts, "; ".join(r.flags)])
         files.write_text(self.out, out.getvalue())
-
-    def _locked(self):
-        file = open(self.path, "a+b")
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, or its process dies
-        return file
-
-
-def _line(value: dict) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
-
-
-def _whole_lines(file) -> list[bytes]:
-    """The lines of a journal; half of one, which a killed process left at the end, is cut off."""
-    file.seek(0)
-    content = file.read()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        file.truncate(end)
-    return content[:end].splitlines()
-
-
-def _read(line: bytes, path: Path, number: int) -> dict:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}:{number}: damaged ({error}); remove the line") from error
 
 
 def statistics(results: Iterable[Result]) -> str:

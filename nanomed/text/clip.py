@@ -49,7 +49,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by a tanh: SigLIP's."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": tanh_gelu,
+}  # fmt: skip
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for Llama 3, Mistral, Qwen 2 and 2.5, and Gemma 2, with the published names.
+"""One decoder-only transformer for Llama 3 and 3.1, Mistral, Qwen 2 and 2.5, and Gemma 2, with the published names.
 
     model = load_decoder("weights/Qwen/Qwen2.5-7B-Instruct", dtype=torch.bfloat16)
     logits = model(ids, mask)                      # (B, L, V)
@@ -39,6 +39,7 @@ class DecoderConfig:
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
+    rope_stretch: tuple[float, float, float, float] | None = None  # Llama 3.1: factor, low, high, first trained length
     tie_word_embeddings: bool = False
     sliding_window: int | None = None  # tokens that a windowed layer sees, itself included
     query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by that of head_dim
@@ -64,15 +65,21 @@ class DecoderConfig:
         if gemma:
             unsaid |= dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256,
                            attn_logit_softcapping=50.0, final_logit_softcapping=30.0)  # fmt: skip
-        names = {field.name for field in dataclasses.fields(cls)}
-        stated = {name: value for name, value in said.items() if name in names}
+        fields = {field.name for field in dataclasses.fields(cls)}
+        stated = {name: value for name, value in said.items() if name in fields}
         stated = {name: v for name, v in stated.items() if v is not None or "soft" in name or name == "sliding_window"}
         stated["hidden_act"] = said.get("hidden_activation") or said.get("hidden_act") or "silu"
         if gemma and "hidden_activation" not in said:
             stated["hidden_act"] = "gelu_pytorch_tanh"  # "gelu" of the first files means it
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
             raise WeightsError(f"{what}: rope_type {kind!r} is not known here")
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            try:
+                stated["rope_stretch"] = tuple(float(rope[name]) for name in names)
+            except (KeyError, TypeError, ValueError) as error:
+                raise WeightsError(f"{what}: rope_type llama3 needs the numbers {', '.join(names)}") from error
         if "rope_theta" in rope:
             stated["rope_theta"] = rope["rope_theta"]
         if family == "qwen2":
@@ -94,10 +101,14 @@ class DecoderConfig:
 
 
 class Cache:
-    """Keys and values of the tokens so far, layer by layer, in blocks that double when they are full."""
+    """Keys and values of the tokens so far, layer by layer, in blocks that double when they are full.
 
-    def __init__(self) -> None:
+    room   tokens that are expected; a block has place for them from the start
+    """
+
+    def __init__(self, room: int = 0) -> None:
         self.blocks: list[list[Tensor]] = []
+        self.room = room
         self.length = 0  # tokens that every layer holds
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +119,8 @@ class Cache:
         for i, new in enumerate((k, v)):
             block = self.blocks[layer][i]
             if block.shape[2] < end:
-                grown = new.new_empty(*new.shape[:2], max(end + 64, 2 * block.shape[2]), new.shape[3])
+                room = self.room if end <= self.room else max(end + 64, 2 * block.shape[2])
+                grown = new.new_empty(*new.shape[:2], room, new.shape[3])
                 grown[:, :, : self.length] = block[:, :, : self.length]
                 block = self.blocks[layer][i] = grown
             block[:, :, self.length : end] = new
@@ -128,14 +140,24 @@ class RMSNorm(nn.Module):
         self.eps, self.less_one = eps, less_one
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype) if self.less_one else self.weight * y.to(x.dtype)
+        if self.less_one:
+            return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def rotations(places: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, L, width) of places (B, L): pair i turns by place / theta^(2 i / width)."""
+def rotations(
+    places: Tensor, width: int, theta: float, dtype: torch.dtype, stretch: tuple | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, L, width) of places (B, L): pair i turns by place / theta^(2 i / width).
+
+    stretch   (factor, low, high, length) of Llama 3.1: pairs that turn less than `low` times over `length` places turn
+              `factor` times as slowly, those that turn more than `high` times as ever, and between them it is a mean
+    """
     speeds = 1 / theta ** (torch.arange(0, width, 2, device=places.device).float() / width)
+    if stretch is not None:
+        factor, low, high, length = stretch
+        kept = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speeds = kept * speeds + (1 - kept) * speeds / factor
     angles = (places[..., None].float() * speeds).repeat(1, 1, 2)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -258,7 +280,7 @@ class Decoder(nn.Module):
         places = columns[None, before:] if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
         if c.model_type == "gemma2":
             x = x * torch.tensor(math.sqrt(c.hidden_size), dtype=x.dtype, device=x.device)
-        turn = rotations(places, c.head_dim, c.rope_theta, x.dtype)
+        turn = rotations(places, c.head_dim, c.rope_theta, x.dtype, c.rope_stretch)
         rows = columns[before:, None]
         windowed = c.sliding_window is not None and total > c.sliding_window
         if mask is None and c.attn_logit_softcapping is None and not windowed and (not before or len(rows) == 1):
@@ -279,10 +301,14 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def sketch(path: str | Path) -> Decoder:
+    """The language model of a folder, as its `config.json` describes it, on the meta device. Raises WeightsError."""
+    return weights.build(Decoder, DecoderConfig.from_settings(weights.settings(path, "a language model"), str(path)))
+
+
 def load_decoder(path: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     """The language model of a folder with `config.json` and `model.safetensors` (or shards), in evaluation mode.
     Raises WeightsError."""
-    path = Path(path)
-    config = DecoderConfig.from_settings(weights.settings(path, "a language model"), str(path))
-    optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    return weights.load(weights.build(Decoder, config), weights.read(path, "model", dtype=dtype), optional).eval()
+    network = sketch(path)
+    optional = ("lm_head.weight",) if network.config.tie_word_embeddings else ()
+    return weights.load(network, weights.read(path, "model", dtype=dtype), optional).eval()

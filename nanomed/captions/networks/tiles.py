@@ -15,6 +15,7 @@ LLaVA's code also cuts the size without border to whole patches as it is, transf
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,22 @@ from nanomed.text.clip_vision import MEAN, STD
 from nanomed.weights import WeightsError
 
 GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def described(folder: str | Path) -> tuple[Path, dict]:
+    """(the file of a folder that says how images are cut, what it says): config.json and nothing where there is none.
+    Raises WeightsError."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (file := Path(folder, name)).is_file():
+            stated = weights.settings(file, "how images are cut")
+            return file, stated.get("image_processor", stated)
+    return Path(folder, "config.json"), {}
+
+
+def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An RGB image -> float32 (3, H, W), channels less `mean` over `std`."""
+    pixels = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+    return torch.from_numpy((pixels - np.float32(mean)) / np.float32(std)).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -45,12 +62,7 @@ class Tiles:
     def of(cls, folder: str | Path, said: dict, side: int, patch: int, wide: bool) -> "Tiles":
         """As a folder describes them: its `preprocessor_config.json` or `processor_config.json`, else what its
         `config.json` said, for a tower of `side` and `patch` pixels. Raises WeightsError where they do not agree."""
-        folder, file, stated = Path(folder), "config.json", {}
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (folder / name).is_file():
-                file, stated = name, weights.settings(folder / name, "how images are cut")
-                stated = stated.get("image_processor", stated)
-                break
+        file, stated = described(folder)
         try:
             grids = stated.get("image_grid_pinpoints") or said.get("image_grid_pinpoints") or GRIDS
             grids = json.loads(grids.replace("(", "[").replace(")", "]")) if isinstance(grids, str) else grids
@@ -63,7 +75,7 @@ class Tiles:
                 raise ValueError(f"a canvas of {odd[0]} is not made of tiles of {side} pixels")
             mean, std = (tuple(map(float, stated.get(f"image_{n}") or d)) for n, d in (("mean", MEAN), ("std", STD)))
         except (ValueError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{folder / file}: {error}") from error
+            raise WeightsError(f"{file}: {error}") from error
         return cls(side, patch, grids, wide, mean, std)
 
     def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -94,9 +106,7 @@ class Tiles:
                      ((across - fitted[0]) // 2, (down - fitted[1]) // 2))  # fmt: skip
         parts = [image.resize((side, side), Image.Resampling.BICUBIC)]
         parts += [canvas.crop((x, y, x + side, y + side)) for y in range(0, down, side) for x in range(0, across, side)]
-        pixels = np.stack([np.asarray(part) for part in parts]).astype(np.float64) * (1 / 255)
-        pixels = (pixels.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return torch.stack([normalised(part, self.mean, self.std) for part in parts])
 
     def kept(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(columns of tiles, rows of tiles, patches cut off left and right, patches cut off above and below): what of

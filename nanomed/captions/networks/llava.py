@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from nanomed import weights
-from nanomed.captions.decoder import Decoder, DecoderConfig
-from nanomed.captions.tiles import Tiles
+from nanomed.captions.networks.decoder import Decoder, DecoderConfig
+from nanomed.captions.networks.tiles import Tiles
 from nanomed.text.clip_vision import ClipVision, ClipVisionConfig
 from nanomed.weights import WeightsError
 
@@ -101,7 +102,7 @@ class Projector(nn.Module):
 
 
 class LlavaNext(nn.Module):
-    """`llava.see(pixels, sizes)` gives an image's tokens; `llava.language_model` reads them amid those of a text."""
+    """`llava.see(images)` gives their tokens; `llava.language_model` reads them amid those of a text."""
 
     def __init__(self, config: LlavaConfig, tiles: Tiles):
         super().__init__()
@@ -112,22 +113,33 @@ class LlavaNext(nn.Module):
         self.language_model = Decoder(config.text)
         nn.init.normal_(self.image_newline, std=config.text.hidden_size**-0.5)
 
+    @property
+    def writer(self) -> Decoder:
+        return self.language_model
+
+    @property
+    def most_tokens(self) -> int:
+        """The places that an image takes in the text at most."""
+        return max(self.tiles.tokens(size) for pair in self.tiles.grids for size in (pair, pair[::-1]))
+
     def look(self, pixels: Tensor) -> Tensor:
         """Tiles (N, 3, side, side) -> the tower's patches as the language model reads them (N, patches, D)."""
         tower = self.vision_tower.vision_model
-        states = tower.pre_layrnorm(tower.embeddings(pixels.to(self.image_newline)))  # (N, 1 + patches, width)
+        states = tower.pre_layrnorm(tower.embeddings(pixels))  # (N, 1 + patches, width)
         count = self.config.layer + (len(tower.encoder.layers) + 1 if self.config.layer < 0 else 0)
         for layer in tower.encoder.layers[:count]:
             states = layer(states)
         return self.multi_modal_projector(states[:, 1:])  # without the class token
 
-    def see(self, pixels: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """What `tiles.cut` made of images of sizes (width, height) -> their tokens, (L, D) each: the whole image's
-        patches, then those of the tiles line by line over the canvas, without border, a newline behind each line."""
-        patches = torch.cat([self.look(part) for part in torch.cat(pixels).split(TILES_AT_A_TIME)])
+    def see(self, images: list[Image.Image]) -> list[Tensor]:
+        """RGB images -> their tokens, (L, D) each: the whole image's patches, then those of the tiles line by line over
+        the canvas, without border, a newline behind each line."""
+        cut = [self.tiles.cut(image) for image in images]
+        pixels = torch.cat(cut).to(self.image_newline)
+        patches = torch.cat([self.look(part) for part in pixels.split(TILES_AT_A_TIME)])
         seen = []
-        for states, size in zip(patches.split([len(part) for part in pixels]), sizes):
-            columns, rows, left, above = self.tiles.kept(size)
+        for image, states in zip(images, patches.split([len(part) for part in cut])):
+            columns, rows, left, above = self.tiles.kept(image.size)
             side = self.tiles.side // self.tiles.patch
             x = states[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns))  # (rows, columns, side, side, D)
             x = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
@@ -150,6 +162,16 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name_of(name): tensor for name, tensor in tensors.items()}
 
 
+def sketch(path: str | Path, shapes: dict[str, torch.Size] | None = None) -> LlavaNext:
+    """The network of a folder, as its files describe it, on the meta device; `shapes` as in `LlavaConfig`. Raises
+    WeightsError."""
+    said = weights.settings(path, "a LLaVA-NeXT")
+    config = LlavaConfig.from_settings(said, str(path), shapes)
+    own = said.get("model_type") != "llava_next"
+    tiles = Tiles.of(path, said, config.vision.image_size, config.vision.patch_size, wide=own)
+    return weights.build(LlavaNext, config, tiles)
+
+
 def load_llava(path: str | Path, dtype: torch.dtype | None = None) -> LlavaNext:
     """The model of a folder in any of the layouts (one file or shards), in evaluation mode. Raises WeightsError.
 
@@ -157,14 +179,11 @@ def load_llava(path: str | Path, dtype: torch.dtype | None = None) -> LlavaNext:
     """
     path = Path(path)
     said = weights.settings(path, "a LLaVA-NeXT")
-    own = said.get("model_type") != "llava_next"
     tensors = renamed(weights.read(path, "model", dtype=dtype))
-    if own and not any(name.startswith("vision_tower.") for name in tensors):
+    if said.get("model_type") != "llava_next" and not any(name.startswith("vision_tower.") for name in tensors):
         tower = weights.find(said.get("mm_vision_tower", "openai/clip-vit-large-patch14-336"), path.parent.parent)
         found = weights.read(tower, "model", prefix="vision_model.", dtype=dtype)
         tensors |= {f"vision_tower.{name}": tensor for name, tensor in found.items()}
-    config = LlavaConfig.from_settings(said, str(path), {name: tensor.shape for name, tensor in tensors.items()})
-    tiles = Tiles.of(path, said, config.vision.image_size, config.vision.patch_size, wide=own)
-    network = weights.build(LlavaNext, config, tiles)
-    optional = ("language_model.lm_head.weight",) if config.text.tie_word_embeddings else ()
+    network = sketch(path, {name: tensor.shape for name, tensor in tensors.items()})
+    optional = ("language_model.lm_head.weight",) if network.config.text.tie_word_embeddings else ()
     return weights.load(network, tensors, optional).eval()

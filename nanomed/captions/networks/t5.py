@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions.beams import beam_search
-from nanomed.captions.decoder import Cache
+from nanomed.captions.networks.decoder import Cache
 from nanomed.text.t5 import EMBEDDINGS, FeedForwardLayer, RMSNorm, SelfAttention, T5Config, T5Encoder, relative_buckets
 from nanomed.text.unigram import T5Tokenizer
 
