@@ -133,8 +133,9 @@ class MedArt(PixArt):
 
     def passes(self, batch: int) -> tuple[float, float, float]:
         """Bytes that autograd holds for T5 (full texts), for one branch of the transformer, and for the decoder."""
-        c = self.transformer.config
-        ids, mask = torch.zeros(batch, self.length, dtype=torch.int64), torch.ones(batch, self.length) > 0
+        c, shape = self.transformer.config, (batch, self.length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        mask = torch.ones(shape, dtype=torch.bool, device=self.device)
 
         def like(*shape: int) -> Tensor:
             return torch.empty(batch, *shape, dtype=self.dtype).requires_grad_()
