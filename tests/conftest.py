@@ -1,5 +1,6 @@
 """What several test files share: tolerances as the project defines them, and the optional real vocabularies."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -7,18 +8,28 @@ import pytest
 import torch
 
 # torchvision is a test oracle only (pytorch-fid and torch-fidelity import it). Its binary wheel brings operators for
-# CUDA builds of torch; beside a CPU build, its Python side imports once the operators it decorates are declared.
+# CUDA builds of torch; beside a CPU build, its Python side imports once the operators it decorates are declared. Where
+# its library loads it declares them itself, and a second declaration would end the process.
 _declared = []
-for _operator in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    _library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        _library.define(_operator)
-    except RuntimeError:  # this torchvision matches this torch and has declared it itself
-        pass
-    _declared.append(_library)
+
+
+def _declare_operators_of_torchvision() -> None:
+    found = importlib.util.find_spec("torchvision")
+    for library in Path(found.origin).parent.glob("_C*") if found and found.origin else ():
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:  # made for another build of torch
+            pass
+    for operator in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ):
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        _declared[-1].define(operator)
+
+
+_declare_operators_of_torchvision()
 
 
 def pytest_configure() -> None:

@@ -39,6 +39,8 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            # Its way back gave NaN for kandinsky3-tiny in bf16 (H100, PyTorch 2.11), where the other kernels gave none.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         return cls(rank, world, device)

@@ -17,6 +17,9 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
     if config.rank:
         system.adapt(stage, config.rank, config.alpha or None, config.adapter)
     params = system.trainable(stage)
+    for part, place in places_of(config.frozen, system, stage).items():
+        if place == "cpu":
+            system.get_submodule(part).cpu()
     optimizer = adamw(params.values(), lr=0.0)
 
     def steps(batch: int) -> tuple[float, float]:
