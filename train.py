@@ -305,8 +305,7 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
         step, judge.best = state["step"], state["best"]
         if not state["judged"] and (step % config.save_every == 0 or step == last):
             judge.look(step, descent.average)  # the run was stopped just there, in too much of a hurry to look
-    count = f"{sum(p.numel() for p in params.values()):,}"
-    run.say(f"stage {stage}: {count} parameters train, steps {step:,} to {last:,} of {config.batch} x {ranks.world}")
+    run.say(f"stage {stage}: {descent.count:,} parameters train, steps {step:,} to {last:,} of {together} samples")
     for part in system.stages[stage] if config.compile else ():
         system.get_submodule(part).compile()
     model = ranks.parallel(system)

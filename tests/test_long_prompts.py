@@ -13,6 +13,7 @@ from conftest import close
 import nanomed
 from nanomed import drawing, systems
 from nanomed.run.flags import UsageError
+from nanomed.text.lengths import too_long
 
 SHORT = "Generate an image with 2 polyps."
 LONG = " ".join(["an image with a polyp located in the upper-left and lower-right"] * 5) + " and the end."
@@ -30,7 +31,7 @@ def test_what_is_cut_is_said_once_with_row_words_and_count(untrained, tmp_path, 
     assert len(said) == 2
     assert said[0] == ("prompts: 1 of 3 distinct prompts have more than the 32 tokens that are read: the rest is cut "
                        "(--long_prompts refuse, chunk)")  # fmt: skip
-    (length,), (tokens, rest) = system.lengths([LONG]), system.too_long([LONG])[LONG]
+    (length,), (tokens, rest) = system.lengths([LONG]), too_long([LONG], 32, system.lengths)[LONG]
     assert tokens == length and LONG.endswith(f" {rest}")
     assert said[1].startswith(f"  row 1: {length} tokens, {len(rest.split())} words cut: {rest[:80]!r}")
     # the words that are said to be read are read whole, and the next one is not

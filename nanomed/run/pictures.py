@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from nanomed.run import files
 from nanomed.run.cache import Remembered
@@ -52,12 +54,23 @@ def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str 
     noise = ImageNoise([p.seed for p in padded], [p.number for p in padded], device)
     system.pieces = first.pieces
     with autocast(precision, device):
-        drawn = system.sample(
+        made = system.sample(
             [p.prompt for p in padded], noise, first.steps, first.guidance,
             negative_prompts=[p.negative for p in padded] if first.negative else None,
             height=first.size, width=first.size, **options,
         )  # fmt: skip
-    return files.to_bytes(drawn[: len(pictures)])
+    return files.to_bytes(made[: len(pictures)])
+
+
+def drawn(system: Any, pictures: Sequence[Picture], batch: int) -> list[Image.Image]:
+    """All of some pictures, in their order, under a bar."""
+    found: dict[int, Image.Image] = {}
+    with remembering(system), tqdm(total=len(pictures), unit="image") as bar:
+        for rows in batches(pictures, batch):
+            for row, image in zip(rows, images(system, [pictures[row] for row in rows], batch)):
+                found[row] = Image.fromarray(image.numpy())
+            bar.update(len(rows))
+    return [found[row] for row in range(len(pictures))]
 
 
 @contextmanager

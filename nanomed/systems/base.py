@@ -3,7 +3,6 @@
 A system's own file says what its paper says: presets, loss, sampling.
 """
 
-import bisect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nanomed.adapters import formats, lora
 from nanomed.autoencoders.tiles import decode_tiles
@@ -21,9 +19,10 @@ from nanomed.data.prompts import CLASSES, WORDS
 from nanomed.data.table import Table
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
-from nanomed.run.pictures import Picture, batches, images, remembering
+from nanomed.run.pictures import Picture, drawn
 from nanomed.systems.arithmetic import held
 from nanomed.systems.assembly import Assembled, read_config
+from nanomed.text.lengths import judge, too_long
 
 
 @dataclass
@@ -145,13 +144,7 @@ class System(Assembled):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         wanted = [Picture(prompt, seed, i, negative, steps, guidance, size) for i, prompt in enumerate(prompts)]
         self.eval().to(memory_format=torch.channels_last)
-        drawn: dict[int, Image.Image] = {}
-        with remembering(self), tqdm(total=len(wanted), unit="image") as bar:
-            for rows in batches(wanted, batch):
-                for row, image in zip(rows, images(self, [wanted[row] for row in rows], batch)):
-                    drawn[row] = Image.fromarray(image.numpy())
-                bar.update(len(rows))
-        return [drawn[row] for row in range(len(wanted))]
+        return drawn(self, wanted, batch)
 
     # ------------------------------------------------------------------------------------- latents, text and the loss
 
@@ -179,47 +172,17 @@ class System(Assembled):
         """The tokens that each prompt needs, special ones included."""
         return self.tokenizer.lengths(prompts)
 
-    def too_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
-        """Those of some prompts that are longer than what is read of one: {prompt: (its tokens, the words behind the
-        last one that is read whole)}."""
-        limit, distinct = getattr(self, "text_shape", (0, 0))[0], list(dict.fromkeys(prompts))
-        if not limit or not distinct or "tokenizer" not in self.tokenizers:
-            return {}
-        found = {}
-        for prompt, length in zip(distinct, self.lengths(distinct)):
-            if length > limit:
-                words = prompt.split()
-                begins = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
-                fits = bisect.bisect_right(begins, limit, key=lambda text: self.lengths([text])[0])
-                found[prompt] = length, " ".join(words[fits:])
-        return found
-
     def judge_lengths(self, told: Mapping[str, str], how: str, source: str) -> tuple[list[str], dict[str, int]]:
-        """Prompts that are longer than what is read of one, as `how` has them treated: "cut", "refuse" or "chunk".
-
-        told     {prompt: where it stands first}
-        source   the file or data set that they are from
-
-        Returns lines that say it, and in how many pieces each of these prompts is read. Raises UsageError where it
-        refuses, and where this system reads no pieces.
-        """
-        long = self.too_long(told)
-        if not long:
-            return [], {}
-        limit = self.text_shape[0]
-        first = [f"{told[prompt]}: {length} tokens, {len(rest.split())} words {'over' if how == 'chunk' else 'cut'}: "
-                 f"{rest[:80]!r}{' ...' if len(rest) > 80 else ''}"
-                 for prompt, (length, rest) in long.items()]  # fmt: skip
-        said = f"{source}: {len(long)} of {len(told)} distinct prompts have more than the {limit} tokens that are read"
-        if how == "refuse":
-            raise UsageError(f"{said} (--long_prompts refuse). {first[0]}")
-        if how == "chunk" and not self.chunks:
-            raise UsageError(f"--long_prompts chunk: {self.name} reads one piece of text; choose cut or refuse. {said}")
-        more = [f"... and {len(first) - 5} more"] if len(first) > 5 else []
-        pieces = {prompt: -(-(length - 2) // (limit - 2)) for prompt, (length, _) in long.items()}
-        instead = f"read in up to {max(pieces.values())} pieces of {limit - 2}" if how == "chunk" else \
-            "the rest is cut (--long_prompts refuse, chunk)"  # fmt: skip
-        return [f"{said}: {instead}", *(f"  {line}" for line in [*first[:5], *more])], pieces if how == "chunk" else {}
+        """Which prompts are longer than what is read of one, as text/lengths.py says it: lines, and in how many pieces
+        each of them is read. Raises UsageError where `how` refuses, and where this system reads no pieces."""
+        limit = getattr(self, "text_shape", (0, 0))[0]
+        long = too_long(told, limit, self.lengths) if limit and "tokenizer" in self.tokenizers else {}
+        if long and how == "chunk" and not self.chunks:
+            raise UsageError(
+                f"--long_prompts chunk: {self.name} reads one piece of text, and {len(long)} of {len(told)} distinct "
+                f"prompts of {source} have more than its {limit} tokens; choose cut or refuse"
+            )
+        return judge(long, told, how, source, limit) if long else ([], {})
 
     def denoising_loss(
         self,

@@ -32,43 +32,15 @@ from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
 from nanomed.text.tokenizers import ClipTokenizer
 
 CLIP_L = "openai/clip-vit-large-patch14"
-TINY_TEXT = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-                 max_position_embeddings=64, hidden_act="quick_gelu")  # fmt: skip
-TINY = dict(self_conditioning=False, prediction="sample", loss="mse", vae=dict(latent=4, channels=(16, 32, 64)),
-            text_encoder=TINY_TEXT, text_length=32, sampler="dpmpp", steps=16, guidance=6.0)  # fmt: skip
-
 # What the constructor takes, and what train.py does with it stage by stage. The comment is what it must reach.
-PRESETS = {
-    "msdm": dict(vae={}, unet={}),  # paper: FID 35 on the development set after 100,000 steps
-    # Demo, six minutes on two CPU cores. x_0 and MSE, because at the noise levels where the layout of an image is
-    # decided the L1 loss on epsilon hardly notices x_0; groups of several channels, because groups of one erase what
-    # the text adds to a channel; `places`, because without it no prompt's place was learned in 800 steps.
-    "msdm-tiny": TINY | dict(size=32, unet=dict(channels=(32, 32, 128), dim=128, dropout=0.0, groups=8, places=8)),
-    # The checkpoint in weights/msdm-tiny: the same with one level more, to reach 4 x 4 latents from 16 x 16.
-    "msdm-tiny-64": TINY | dict(size=64, unet=dict(channels=(32, 32, 32, 112), dim=128, dropout=0.0, groups=8,
-                                                   places=16)),
-}  # fmt: skip
-TINY_VAE = dict(steps=400, batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0, save_every=200)
-TINY_UNET = dict(batch=32, lr=1.5e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, dropout=0.1, views=1,
-                 places=0.3, score_images=0)  # fmt: skip
+PRESETS = {"msdm": dict(vae={}, unet={})}  # paper: FID 35 on the development set after 100,000 steps
 RECIPES = {
     "msdm": {  # facts of the released scripts: Adam for the VAE, AdamW without decay for the U-Net
         "": dict(data="toy", augment=True),
         "vae": dict(steps=20_000, batch=64, lr=1e-4, clip=0.0, ema=0.0),
         "unet": dict(steps=100_000, batch=64, lr=1e-4, clip=1.0, ema=0.9999, views=8),
     },
-    # The best checkpoint by validation loss: between Frechet distances of 64 images chance decides.
-    "msdm-tiny": {
-        "": dict(data="toy:2000", augment=False, test_prompts="weights/msdm-tiny/test.csv"),
-        "vae": TINY_VAE,
-        "unet": TINY_UNET | dict(steps=1900, save_every=950, places_first=400),
-    },
-    "msdm-tiny-64": {  # about forty minutes on one CPU core
-        "": dict(data="toy:4000", augment=False, test_prompts="weights/msdm-tiny/test.csv"),
-        "vae": TINY_VAE,
-        "unet": TINY_UNET | dict(steps=6000, save_every=1000, places_first=600),
-    },
-}  # fmt: skip
+}
 SAMPLERS = {"msdm": ("msdm", samplers.ddim), "ddim": ("msdm", samplers.ddim), "dpmpp": ("linspace", samplers.dpmpp_2m)}
 DISTANCES = {"l1": F.l1_loss, "mse": F.mse_loss}
 OPTIONS = (Weighting, Reading)  # of train.py for these presets

@@ -66,6 +66,11 @@ class Descent:
             )
         return int(total)
 
+    @property
+    def count(self) -> int:
+        """How many numbers train."""
+        return sum(param.numel() for param in self.params.values())
+
     def state(self) -> dict:
         """What a checkpoint says besides its tensors."""
         updates = self.average.updates if self.average else 0
