@@ -169,9 +169,9 @@ def test_a_frozen_part_that_lives_elsewhere_is_met_there(preset):
     [
         ("device", False, {"vae": "device"}),
         ("cpu", False, {"vae": "cpu"}),
-        ("share", False, {"vae": "device"}),  # shares are for text encoders
+        ("share", False, {"vae": "share"}),
         ("cpu", True, {"text_encoder": "device", "vae": "cpu"}),  # nothing of a tuned T5 is kept
-        ("share", True, {"text_encoder": "share", "vae": "device"}),
+        ("share", True, {"text_encoder": "share", "vae": "share"}),
         ("text_encoder=share,vae=cpu", True, {"text_encoder": "share", "vae": "cpu"}),
     ],
 )

@@ -1,5 +1,5 @@
-"""MSDM in small: the demo of the README, and the checkpoint in weights/. All its parts learn the toy world from nothing,
-the encoder of texts together with the U-Net.
+"""MSDM in small: the demo of the README, and the checkpoint in weights/. All its parts learn the toy world from
+nothing, the encoder of texts together with the U-Net.
 """
 
 from nanomed.systems.msdm import MSDM, OPTIONS
