@@ -47,6 +47,22 @@ def test_image_folders(tmp_path, name, text):
     assert row.prompts == ("one", "two") and row.file == tmp_path / "a.png"
 
 
+@pytest.mark.parametrize(
+    "kind, name", [("folder", "metadata.csv"), ("folder", "metadata.jsonl"), ("clef", "captions.csv")]
+)
+def test_a_data_set_one_folder_deeper_is_named(tmp_path, kind, name):
+    picture(tmp_path / "train" / "a.png")
+    with pytest.raises(DataError) as error:
+        data.load(f"{kind}:{tmp_path}")
+    assert "deeper" not in str(error.value)  # there is none to name
+    (tmp_path / "train" / name).write_text("file_name,text\na.png,one\n")
+    with pytest.raises(DataError) as error:
+        data.load(f"{kind}:{tmp_path}")
+    deeper = tmp_path / "train"
+    assert f"{deeper / name} lies one folder deeper: give {deeper}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_class_folders_caption_themselves_and_split_by_class(tmp_path):
     for name in ("dyed-lifted-polyps", "normal-cecum"):
         for i in range(10):

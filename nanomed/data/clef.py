@@ -7,7 +7,7 @@ The organisers' file is `prompt-gt.csv` (semicolons, CRLF, names with .jpg). The
 from pathlib import Path
 
 from nanomed.data.images import find
-from nanomed.data.table import DataError, Row, Table, column, read_csv, report
+from nanomed.data.table import DataError, Row, Table, column, deeper, read_csv, report
 
 NAMES = ("prompt-gt.csv", "train_captions.csv", "captions.csv", "metadata.csv")
 
@@ -25,6 +25,7 @@ def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
         if not found:
             raise DataError(
                 f"{folder}: none of {', '.join(NAMES)} is there; give the data set's folder or its CSV file"
+                + deeper(folder, NAMES)
             )
         path = found[0]
     records = read_csv(path, problems)

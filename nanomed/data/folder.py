@@ -9,8 +9,20 @@ import re
 from pathlib import Path
 
 from nanomed.data.images import find, listing
-from nanomed.data.table import FILE_COLUMNS, TEXT_COLUMNS, DataError, Row, Table, column, read_csv, read_text, report
+from nanomed.data.table import (
+    FILE_COLUMNS,
+    TEXT_COLUMNS,
+    DataError,
+    Row,
+    Table,
+    column,
+    deeper,
+    read_csv,
+    read_text,
+    report,
+)
 
+METADATA = ("metadata.csv", "metadata.jsonl")
 LABEL_COLUMNS = ("category", "label", "class")
 
 
@@ -20,7 +32,7 @@ def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
     With `problems`, lines and images that cannot be used are noted there instead of raised, and left out.
     """
     folder = Path(folder).expanduser()
-    for name, read in (("metadata.csv", read_csv), ("metadata.jsonl", _read_jsonl)):
+    for name, read in zip(METADATA, (read_csv, _read_jsonl)):
         path = folder / name
         if path.is_file():
             return Table("folder", tuple(_rows(folder, path, read(path, problems), problems)))
@@ -28,10 +40,11 @@ def load(folder: str | Path, problems: list[DataError] | None = None) -> Table:
         raise DataError(f"{folder}: no such folder")
     images = listing(folder, "**/*", problems)
     if not images:
-        raise DataError(f"{folder}: no images")
+        raise DataError(f"{folder}: no images{deeper(folder, METADATA)}")
     if not any(path.with_suffix(".txt").is_file() for path in images):
         raise DataError(
             f"{folder}: needs metadata.csv or metadata.jsonl with file_name and text, or a .txt beside every image"
+            + deeper(folder, METADATA)
         )
     rows = []
     for path in images:

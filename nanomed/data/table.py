@@ -193,6 +193,15 @@ def column(record: dict[str, str], names: Sequence[str]) -> str | None:
     return next((lower[name.lower()] for name in names if name.lower() in lower), None)
 
 
+def deeper(folder: Path, names: Sequence[str]) -> str:
+    """The end of a message about a folder without a data set: where one lies just below it, if one does."""
+    found = sorted(path for name in names for path in folder.glob(f"*/{name}") if path.is_file())
+    if not found:
+        return ""
+    others = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+    return f"; {found[0]} lies one folder deeper{others}: give {found[0].parent}"
+
+
 def pixel_hash(array) -> str:
     """A hash of decoded pixels, so that the same picture in two files is recognised."""
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
