@@ -24,6 +24,7 @@ from nanomed.run.randomness import seed_all, seed_of
 from nanomed.run.ranks import Ranks
 from nanomed.run.runs import Run
 from nanomed.run.signals import PREEMPTED
+from nanomed.training import page
 
 
 @dataclass
@@ -107,7 +108,8 @@ def main() -> int:
     system.pieces = max([1, *pieces.values()])  # of all texts alike, for they share batches
     run = open_run(config, before, system, split, ranks)
     images = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
-    run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}")
+    run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}\nits page: {run.folder / page.NAME}")
+    page.keep(run)
     run.say("\n".join(long))
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
@@ -120,12 +122,14 @@ def main() -> int:
             continue
         if not train_stage(_for_stage(config, stage, ranks), system, stage, run, split, stop):
             run.update(status="preempted")
+            page.keep(run)
             run.say(f"{stop.received}: state saved; go on with --resume {run.folder}")
             return PREEMPTED
         run.update(stages=[*run.state["stages"], stage])
 
     results = draw_and_evaluate(config, run, split) if config.test_prompts and not config.stage else {}
     run.finish(results)
+    page.keep(run)
     run.say(f"done: {run.folder}\ndraw from it: python sample.py --model {run.folder} --prompts FILE")
     return 0
 
@@ -338,7 +342,7 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
                 judge.look(step, descent.average)
             run.save(stage, step, descent, {"best": judge.best, "judged": judged})
             run.prune(stage, config.keep, judge.best and judge.best["step"])
-            log.resting(step)
+            log.paused(step)
         if leaving and step < last:
             break
 

@@ -6,7 +6,8 @@
         samples/unet-step-001000.png         grids of the same prompts and seeds
         checkpoints/unet-step-001000/        model, ema, optimizer (.safetensors) and state.json, written last
         model/                               the parts whose stage is finished, as `System.save` lays them out
-        state.json                           {"status": "running" | "preempted" | "done", "stages": [...]}
+        state.json                           {"status": "running" | "preempted" | "done", "stages": [...], "plan"}
+        report.html                          its page: curves, grids, pace (training/page.py)
         README.md                            model card
 
 A checkpoint folder appears in one rename, so every folder that is there is whole.

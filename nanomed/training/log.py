@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from nanomed.run.hardware import peak_memory
 from nanomed.run.runs import Run
+from nanomed.training import page
 
 
 class Log:
@@ -21,7 +22,8 @@ class Log:
         first, self.last = steps
         self.bar = tqdm(total=self.last, initial=first, desc=stage, unit="step", disable=not run.ranks.first,
                         mininterval=1.0)  # fmt: skip
-        self.resting(first)
+        run.update(plan=run.state.get("plan", {}) | {stage: {"steps": self.last, "images": images}})
+        self.paused(first)
 
     def due(self, step: int) -> bool:
         """Whether a step is logged, and with it all that waits for the device or for other processes."""
@@ -30,6 +32,11 @@ class Log:
     def resting(self, step: int) -> None:
         """The clock of images per second starts anew: after looking at checkpoints and saving them."""
         self.since, self.seen = time.monotonic(), step
+
+    def paused(self, step: int) -> None:
+        """A checkpoint is saved: the run's page shows it, and the clock starts anew."""
+        page.keep(self.run)
+        self.resting(step)
 
     def write(self, step: int, losses: dict[str, Tensor], norm: Tensor, **more: float) -> None:
         """A line: losses and the gradients' norm where they are finite, and what else is known."""
