@@ -245,6 +245,13 @@ def test_every_flag_has_a_help_text():
         assert set(comments) == {field.name for field in dataclasses.fields(config)}, name
 
 
+def test_a_script_runs_in_a_profiler(tmp_path):
+    """`python -m cProfile train.py` runs the script inside its own module, where its text has to be looked for."""
+    words = [sys.executable, "-m", "cProfile", "-o", str(tmp_path / "p"), str(ROOT / "sample.py"), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "--prompts" in done.stdout, done.stderr
+
+
 def test_help_is_two_screens_at_most(capsys):
 
     for name in SCRIPTS:

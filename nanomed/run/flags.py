@@ -262,7 +262,7 @@ def comments(cls: type) -> dict[str, tuple[str, str]]:
 @cache
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
     found, last, heading = {}, None, ""
-    for line in inspect.getsource(cls).splitlines():
+    for line in _source(cls).splitlines():
         if match := re.match(r"\s+# -+ (.*)$", line):
             heading, last = match[1], None
         elif match := re.match(r"\s+(\w+)\s*:.*?#\s*(.*)$", line):
@@ -273,6 +273,19 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
         else:
             last = None
     return found
+
+
+def _source(cls: type) -> str:
+    """The text of a class. Under `python -m cProfile train.py` the script is run in the profiler's own module, where
+    `inspect` does not find it."""
+    try:
+        return inspect.getsource(cls)
+    except OSError:
+        script = Path(sys.argv[0]).read_text(encoding="utf-8")
+        found = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", script, re.M | re.S)
+        if not found:
+            raise
+        return found[0]
 
 
 CODES = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
