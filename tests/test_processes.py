@@ -200,6 +200,7 @@ def test_a_frozen_part_lives_where_it_is_asked_to_as_far_as_it_can(asked, adapte
         ("--dropout 1.5", "--dropout 1.5: out of range, which is 0 .. 1"),
         ("--precision fp8", "--precision fp8: choose fp32, bf16, fp16"),
         ("--model nosuch", "--model nosuch: choose one of msdm, "),
+        ("--model captioner-tiny", "--model captioner-tiny: it writes captions; python -m nanomed.captions train"),
         ("--keep 0", "--keep 0: out of range, which is >= 1"),
         ("--warmup -1", "--warmup -1: out of range, which is >= 0"),
         ("--views 1.5", "--views 1.5: not a whole number in the range 0 .. 10000"),

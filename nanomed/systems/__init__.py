@@ -33,6 +33,8 @@ PUBLISHED = ("pixart", "kandinsky2", "hunyuan", "dit-s8", "sd14", "sd15", "sdxl"
 def _file(preset: str) -> ModuleType:
     from nanomed.run.flags import UsageError
 
+    if preset == "captioner-tiny":
+        raise UsageError("--model captioner-tiny: it writes captions; python -m nanomed.captions train makes it")
     if preset not in FILES:
         raise UsageError(f"--model {preset}: choose one of {', '.join(FILES)}")
     return importlib.import_module(f"nanomed.systems.{FILES[preset].rpartition('.')[0]}")
