@@ -38,6 +38,17 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite goes through a process a core, four at most, a file at a time, where pytest-xdist is installed.
+    A run that names files, or says -n or --pdb itself, stays as it is."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        if config.option.numprocesses is None and not config.option.usepdb and not config.option.collectonly:
+            config.option.numprocesses = min(os.cpu_count() or 1, 4)
+            config.option.dist = "loadfile"
+
+
 def close(out: torch.Tensor, ref: torch.Tensor, tolerance: float) -> None:
     """max|out - ref| <= tolerance * max(1, max|ref|), and the same shape."""
     assert out.shape == ref.shape, f"{tuple(out.shape)} is not {tuple(ref.shape)}"
