@@ -142,9 +142,12 @@ def test_the_plain_product_takes_over_where_onednns_operator_is_not(monkeypatch)
     assert linear._ONEDNN, "PyTorch no longer has the operator: products on a CPU are the plain ones"
     plain = layer(x).detach()
     with torch.no_grad():
+        monkeypatch.setattr(linear, "_WIDE", True)
         close(linear.multiply(layer, x), plain, 1e-6)
-        monkeypatch.setattr(linear, "_ONEDNN", False)
-        assert torch.equal(linear.multiply(layer, x), plain)
+        for switch in ("_WIDE", "_ONEDNN"):  # no AVX-512, no operator
+            with monkeypatch.context() as without:
+                without.setattr(linear, switch, False)
+                assert torch.equal(linear.multiply(layer, x), plain)
     assert linear.multiply(layer, x).requires_grad
 
 
