@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from nanomed.data import load
+from nanomed.data import load, ranges
 from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb
 from nanomed.data.table import DataError, Row, Table, column, pixel_hash, read_csv
 
@@ -80,20 +80,26 @@ def check(
     tokens: int = 77,
     count: Count | None = None,
     progress: Callable[..., Iterable] | None = None,
+    span: str = "",
 ) -> tuple[Table, list[Finding]]:
     """The table of a data set and what is wrong with it; with `valid`, also images that both sets hold.
 
     tokens    captions may have this many. `count` (see `counter`) counts them; without it they are estimated
     progress  wraps the images as they are decoded, as tqdm does
+    span      the --range that deep images are read by
 
     Raises DataError where there is no such data set; whatever is wrong inside is a finding.
     """
     findings: list[Finding] = []
     tables = [_read(recognise(each), cache, findings) for each in (path, valid) if each]
-    files = list(dict.fromkeys(row.file for table in tables for row in table.rows))
+    spans = [ranges.of_table(table, span) for table in tables]
+    if len({len(each) for each in spans}) == 1:  # both as the first, so that an image in both is known
+        spans = [spans[0]] * len(tables)
+    tables = [ranges.ranged(table, each) for table, each in zip(tables, spans)]
+    files = {row.file: row.range for table in tables for row in table.rows}
     hashes: dict[Path, str] = {}
     with ThreadPoolExecutor(4) as pool:
-        examined = pool.map(examine, files)
+        examined = pool.map(examine, files, files.values())
         for file, (digest, found) in zip(files, progress(examined, total=len(files)) if progress else examined):
             findings += found
             if digest:
@@ -124,17 +130,20 @@ def _name(file: Path) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
-def examine(file: Path) -> tuple[str, list[Finding]]:
-    """The hash of an image's pixels ("" where they cannot be had), and what is odd about the file."""
+def examine(file: Path, span: str = "") -> tuple[str, list[Finding]]:
+    """The hash of an image's pixels ("" where they cannot be had), and what is odd about the file, read by `span`."""
     name, found = _name(file), []
     try:
-        pixels = np.asarray(open_rgb(file))
+        pixels = np.asarray(open_rgb(file, span))
         with Image.open(file, formats=FORMATS) as image:
-            mode, frames = image.mode, getattr(image, "n_frames", 1)
+            mode, deep = image.mode, ";16" in str(image.tile)  # as the decoder is told, before it reads
+            frames = getattr(image, "n_frames", 1)
             turned = image.getexif().get(ORIENTATION, 1) != 1
             if mode.startswith(("I", "F")):
-                what = "more than 8 bits (scaled here, clipped elsewhere)"
-                found.append(Finding(what, f"{name}: {mode}, {_range(image)}"))
+                what = f"more than 8 bits ({f'read by --range {span}' if span else 'scaled here'}, clipped elsewhere)"
+                found.append(Finding(what, f"{name}: {mode}, {_range(image, span)}", serious=not span))
+            elif deep:
+                found.append(Finding("16 bits a colour, of which the upper 8 are read", name, serious=False))
             elif mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 least = image.convert("RGBA").getchannel("A").getextrema()[0]
                 hidden = f"transparent down to {least} of 255, black there" if least < 255 else "opaque"
@@ -159,12 +168,12 @@ def examine(file: Path) -> tuple[str, list[Finding]]:
     return pixel_hash(pixels), found
 
 
-def _range(image: Image.Image) -> str:
-    """The values of a deep image, and a warning where 12 bits or so in a file of 16 come out nearly black."""
+def _range(image: Image.Image, span: str) -> str:
+    """The values of a deep image, and a warning where 14 bits or fewer in a file of 16 come out nearly black."""
     values = np.asarray(image)
     low, high = np.nanmin(values), np.nanmax(values)
-    dark = image.mode != "F" and 255 < high < 65536 / 8
-    return f"{low:g} to {high:g}" + (" of 65535: nearly black, stretch it first" if dark else "")
+    dark = not span and image.mode != "F" and 255 < high < 65536 / 4
+    return f"{low:g} to {high:g}" + (" of 65535: nearly black, say --range auto" if dark else "")
 
 
 def _twins(table: Table, hashes: dict[Path, str]) -> list[Finding]:

@@ -29,6 +29,8 @@ class Row:
     label: str = ""  # the class, where the data set has classes
     group: str = ""  # images that a split keeps together, such as those of one lesion; empty: the image alone
     pad: bool = False  # whether the image gets a black border that makes it square, before all else
+    part: int = 0  # which of several data sets it is of
+    range: str = ""  # which of its values are black and white (ranges.py); empty: the policy of images.py
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Table:
     def digest(self) -> str:
         """A hash of all that can be trained on, in its order: files by name and bytes, prompts and classes. Where they
         lie does not count."""
-        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad]
+        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad, *filter(None, [row.range])]
                 for row, digest in zip(self.rows, self.sums)]  # fmt: skip
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -39,7 +39,7 @@ def views(count: int, flips: bool = True) -> list[View]:
 def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bool = True) -> np.ndarray:
     """A row's image as uint8 (size, size, 3). `augment` is the paper's training transform (random square crop and,
     with `jitter`, of colours too, seeded by the file's name and the view), else the centre crop."""
-    image = images.open_rgb(row.file)
+    image = images.open_rgb(row.file, row.range)
     image = images.padded(image) if row.pad else image
     if augment:
         rng = np.random.default_rng(seed_of("view", seed, row.file.name, view.number))
