@@ -397,7 +397,8 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     if not split[1].rows and not toy_world:
         run.say(f"{out} is not measured: no real images were held out to compare with")
         return {}
-    results, said = final.measure(out, split[1].rows, toy_world, settings)
+    real, spans = [row.file for row in split[1].rows], [row.range for row in split[1].rows]
+    results, said = final.measure(out, real, toy_world, settings, spans)
     print(said)
     return results
 

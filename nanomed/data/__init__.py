@@ -7,11 +7,15 @@ kvasir:DIR        class folders, captions from their names
 ham10000:DIR      metadata CSV with diagnoses
 skin:DIR          Med-Art's eight skin lesion classes, in folders
 
+Images are PNG, JPEG, WebP, BMP, TIFF (images.py), and DICOM where pydicom is installed (dicom.py). Greys of more than 8
+bits are read by `--range` (ranges.py).
+
 May import `run`; must not know networks or what is made of the images.
 """
 
 from pathlib import Path
 
+from nanomed.data import dicom
 from nanomed.data.captioned import with_captions
 from nanomed.data.table import DataError, Row, Table, padded, with_paraphrases
 
@@ -40,6 +44,15 @@ def load(
         if not (folder / "prompt-gt.csv").is_file():
             toy.write(folder, number, side)
         return clef.load(folder)
+    table = _read(spec, kind, where, problems)
+    if problems is None and not dicom.installed():  # said now, and not when the first one is needed
+        for row in table.rows:
+            if row.file.suffix.lower() == dicom.SUFFIX:
+                dicom.header(row.file)
+    return table
+
+
+def _read(spec: str, kind: str, where: str, problems: list[DataError] | None) -> Table:
     readers = {"clef": "clef", "folder": "folder", "kvasir": "classes", "skin": "classes", "ham10000": "ham10000"}
     if kind not in readers or not where:
         names = ", ".join(f"{name}:DIR" for name in readers)

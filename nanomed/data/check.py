@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from nanomed.data import load, ranges
-from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb
+from nanomed.data import dicom, load, ranges
+from nanomed.data.images import FORMATS, SUFFIXES, is_dicom, listing, open_rgb
 from nanomed.data.table import DataError, Row, Table, column, pixel_hash, read_csv
 
 MARKERS = (  # which file says what kind of data set a bare folder is
@@ -27,7 +27,7 @@ MARKERS = (  # which file says what kind of data set a bare folder is
 )
 ORIENTATION = 274  # the EXIF tag
 SMALL_SIDE, LARGE_SIDE = 64, 4096
-UNREAD = (".gif", ".dcm", ".nii", ".heic", ".avif", ".jp2")  # images to people, but no format that is read here
+UNREAD = (".gif", ".nii", ".heic", ".avif", ".jp2")  # images to people, but no format that is read here
 
 Count = Callable[[list[str]], list[int]]  # prompts to the tokens that each needs
 
@@ -135,6 +135,8 @@ def examine(file: Path, span: str = "") -> tuple[str, list[Finding]]:
     name, found = _name(file), []
     try:
         pixels = np.asarray(open_rgb(file, span))
+        if is_dicom(file):
+            return pixel_hash(pixels), _about_dicom(file) + _about_pixels(name, pixels)
         with Image.open(file, formats=FORMATS) as image:
             mode, deep = image.mode, ";16" in str(image.tile)  # as the decoder is told, before it reads
             frames = getattr(image, "n_frames", 1)
@@ -154,18 +156,32 @@ def examine(file: Path, span: str = "") -> tuple[str, list[Finding]]:
         return "", [Finding("cannot be read", str(error))]
     except Exception as error:  # what a decoder makes of damage in later frames or in what it tells of the image
         return "", [Finding("cannot be read", f"{file}: damaged image ({error}); get the file again")]
-    height, width = pixels.shape[:2]
     if turned:
         found.append(Finding("turned by its EXIF tag (obeyed here, not everywhere)", name, serious=False))
     if frames > 1:
         found.append(Finding("an animation (its first frame is used)", f"{name}: {frames} frames", serious=False))
+    return pixel_hash(pixels), found + _about_pixels(name, pixels)
+
+
+def _about_dicom(file: Path) -> list[Finding]:
+    said, found = dicom.header(file), []
+    if said.burnt_in:
+        found.append(Finding("says that a name may be burnt into its pixels", _name(file)))
+    if said.grey and not said.windowed and said.bits > 8:
+        what = f"{_name(file)}: {said.bits} bits"
+        found.append(Finding("no window in it, so all of its range is shown", what, serious=False))
+    return found
+
+
+def _about_pixels(name: str, pixels: np.ndarray) -> list[Finding]:
+    found, (height, width) = [], pixels.shape[:2]
     if min(width, height) < SMALL_SIDE:
         found.append(Finding("tiny", f"{name}: {width} x {height}", serious=False))
     if max(width, height) > LARGE_SIDE:
         found.append(Finding("huge, so slow to decode", f"{name}: {width} x {height}", serious=False))
     if (pixels == pixels[0, 0]).all():
         found.append(Finding("one color all over", f"{name}: {tuple(pixels[0, 0].tolist())}"))
-    return pixel_hash(pixels), found
+    return found
 
 
 def _range(image: Image.Image, span: str) -> str:

@@ -7,6 +7,7 @@ float          in [0, 1]: times 255; else its own range is stretched to 0 .. 255
 alpha          composited over black, palettes and colour keys with transparency too
 CMYK, YCbCr, LAB and grey: converted to RGB; embedded colour profiles are not applied, as in the papers' code
 animations     the first frame
+DICOM          as dicom.py says, where pydicom is installed
 damage         an error that names the file: a half-read image is never handed on
 
 With a range (`--range`, ranges.py) whole numbers of more than 8 bits and floats are scaled by it instead, all files of
@@ -25,12 +26,13 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from nanomed.data import dicom
 from nanomed.data.table import DataError, report
 from nanomed.run.flags import UsageError
 
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", dicom.SUFFIX)
 MAX_PIXELS = 64_000_000
 
 
@@ -78,6 +80,8 @@ def open_rgb(path: str | Path, span: str = "") -> Image.Image:
 
     span   what `limits` reads: the values of deep images that are black and white; "": the policy of this file
     """
+    if is_dicom(path):
+        return _of_dicom(Path(path), span)
     return _opened(path, lambda image: to_rgb(ImageOps.exif_transpose(image), span))
 
 
@@ -90,11 +94,27 @@ def extremes(path: str | Path) -> tuple[float, float, bool] | None:
         known = values[np.isfinite(values)] if image.mode == "F" else values
         return (float(known.min()), float(known.max()), image.mode == "F") if _is_deep(image) and known.size else None
 
+    if is_dicom(path):
+        values = dicom.read(Path(path), MAX_PIXELS).values
+        known = values[np.isfinite(values)]
+        return (float(known.min()), float(known.max()), False) if known.size else None
     return _opened(path, make)
 
 
-def is_deep(path: Path) -> bool:
-    """Whether a file has more than 8 bits, by its header alone; False where that cannot be read."""
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file is DICOM, by its name."""
+    return Path(path).suffix.lower() == dicom.SUFFIX
+
+
+def is_deep(path: Path, span: str = "") -> bool:
+    """Whether a file has more than 8 bits, by its header alone; False where that cannot be read. Of DICOM files those
+    that say themselves what to show have not, unless `span` is a window that takes the place of theirs."""
+    if is_dicom(path):
+        try:
+            said = dicom.header(path)
+        except DataError:
+            return False
+        return said.grey and (":" in span or (said.bits > 8 and not said.windowed))
     if path.suffix.lower() not in (".png", ".tif", ".tiff"):
         return False
     try:
@@ -102,6 +122,20 @@ def is_deep(path: Path) -> bool:
             return _is_deep(image)
     except Exception:  # damage is named where the image is decoded
         return False
+
+
+def _of_dicom(path: Path, span: str) -> Image.Image:
+    picture = dicom.read(path, MAX_PIXELS)
+    if picture.greys is None:
+        return Image.fromarray(picture.values)
+    greys = picture.greys
+    if span and is_deep(path, span):
+        try:
+            greys = scaled(picture.values, span)
+        except OutOfRange as error:
+            raise DataError(f"{path}: {error}") from None
+    greys = np.clip(greys, 0, 255)
+    return _grey(255 - greys if picture.inverted else greys)
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -3,11 +3,13 @@
 auto       0 and the largest value of the smallest number of bits that holds all of the data set, 8 at least; floats in
            [0, 1] are taken as that. Decided once: a run writes it down, and goes on with it
 BITS       0 and 2^BITS - 1: 10, 12 and 14 bits in files of 16, as scanners write them
-LOW:HIGH   these two values; what lies beyond them is black or white, as in a window on a CT
+LOW:HIGH   these two values; what lies beyond them is black or white. In DICOM files this window takes the place of
+           their own, which auto and BITS leave as they are
 
 Without it a file of 16 bits is divided by 257, and 12 bits come out nearly black: `dark` says so.
 """
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from nanomed.data.images import extremes, is_deep, limits, open_rgb
 from nanomed.data.table import DataError, Table
 
-DARK = 65  # where nothing reaches it, nothing is brighter than a quarter of white, as of 14 bits in a file of 16
+DARK = 64  # a quarter of all greys, which is what 14 bits in a file of 16 come to
 LOOKS = 32  # images that are looked at for a warning
 
 
@@ -28,10 +30,10 @@ def judge(span: str) -> None:
         limits(span)
 
 
-def deep(files: Sequence[Path]) -> list[bool]:
-    """Which of the files have more than 8 bits, by their headers."""
+def deep(files: Sequence[Path], span: str = "") -> list[bool]:
+    """Which of the files have more than 8 bits, or are DICOM that a window is chosen for, by their headers."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(is_deep, files))
+        return list(pool.map(is_deep, files, itertools.repeat(span)))
 
 
 def decided(files: Sequence[Path], span: str) -> str:
@@ -74,7 +76,7 @@ def _extremes(file: Path) -> tuple[float, float, bool] | None:
 def of_files(files: Sequence[Path], span: str) -> tuple[str, ...]:
     """The range of every file of one data set, "" of those with 8 bits; () where no file has one."""
     span = decided(files, span)
-    return tuple(span if is_one else "" for is_one in deep(files)) if span else ()
+    return tuple(span if is_one else "" for is_one in deep(files, span)) if span else ()
 
 
 def of_table(table: Table, span: str) -> list[str]:
@@ -87,8 +89,11 @@ def ranged(table: Table, spans: Sequence[str]) -> Table:
     """The table whose deep images are read by the range of their data set (`of_table`); the others as they are."""
     if not any(spans):
         return table
-    marks = deep([row.file for row in table.rows])
-    rows = (replace(row, range=spans[row.part]) if is_one else row for row, is_one in zip(table.rows, marks))
+    rows = list(table.rows)
+    for part, span in enumerate(spans):
+        own = [i for i, row in enumerate(rows) if row.part == part] if span else []
+        for i, is_one in zip(own, deep([rows[i].file for i in own], span)):
+            rows[i] = replace(rows[i], range=span) if is_one else rows[i]
     return replace(table, rows=tuple(rows))
 
 
@@ -103,21 +108,23 @@ def told(table: Table, span: str) -> str:
 
 
 def dark(files: Sequence[Path]) -> str:
-    """A warning where images of more than 8 bits, read without a range, come out dark; else "". A few are looked at."""
+    """A warning where images of more than 8 bits, read without a range, come out dark or flat; else "". A few of them
+    are looked at."""
     found = [file for file, is_one in zip(files, deep(files)) if is_one]
     with ThreadPoolExecutor(4) as pool:
-        looked = pool.map(_brightest, found[:: -(-len(found) // LOOKS) or 1])
-        brightest = max((value for value in looked if value is not None), default=255)
-    if brightest >= DARK:
+        looked = [ends for ends in pool.map(_ends, found[:: -(-len(found) // LOOKS) or 1]) if ends]
+    low, high = min((ends[0] for ends in looked), default=0), max((ends[1] for ends in looked), default=255)
+    if high - low > DARK:
         return ""
     return (
-        f"dark images: {len(found):,} of {len(files):,} have more than 8 bits, and their brightest pixel is "
-        f"{brightest} of 255; --range auto makes the most of the bits that are used"
+        f"dark or flat images: {len(found):,} of {len(files):,} have more than 8 bits and come out in greys from {low} "
+        f"to {high} of 255; --range auto makes the most of the bits that are used"
     )
 
 
-def _brightest(file: Path) -> int | None:
+def _ends(file: Path) -> tuple[int, int] | None:
     try:
-        return max(high for _, high in open_rgb(file).getextrema())
+        ends = open_rgb(file).getextrema()
     except DataError:
         return None
+    return min(low for low, _ in ends), max(high for _, high in ends)

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from nanomed import data
+from nanomed.data import dicom, ranges, toy
 from nanomed.data import images as decoding
-from nanomed.data import ranges, toy
 from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb, squash
 from nanomed.data.table import DataError, column, read_csv
 from nanomed.evaluation.table import one_line
@@ -269,6 +269,9 @@ def _look(images: ImageSet, row: int) -> dict[str, Tensor]:
 def _kind(source: Path | int, image: np.ndarray) -> tuple[int, bool, tuple[int, int]]:
     if isinstance(source, int):
         return 1, False, image.shape[1::-1]
+    if decoding.is_dicom(source):
+        said = dicom.header(source)
+        return KINDS.index("greyscale" if said.grey else "in colour"), False, said.size
     with Image.open(source, formats=FORMATS) as opened:  # the header alone; the pixels were read before
         mode, form, size, transparent = opened.mode, opened.format, opened.size, "transparency" in opened.info
     if mode.startswith("I") or mode == "F":
@@ -314,9 +317,13 @@ def remarks(images: ImageSet, found: Survey) -> list[str]:
     for number, kind in enumerate(KINDS[2:], 2):
         if rows := [row for row, seen in enumerate(kinds) if seen == number]:
             names = one_line(images.title(row) for row in rows)
-            done = {"transparent": "composited over black", "16 bit or float": _by_range(images, rows)}
+            spans = sorted({images.range(row) for row in rows} - {""})
+            by = f" by --range {' and '.join(spans)}" if spans else ""
+            done = {"transparent": "composited over black", "16 bit or float": f"scaled to 8 bit{by}"}
             lines.append(f"{images.name}: {_of(len(rows), images)} {_are(rows)} {kind}, "
                          f"{done.get(kind, 'measured as RGB')}: {names}")  # fmt: skip
+    if not any(images.ranges) and (warning := ranges.dark([x for x in images.sources if isinstance(x, Path)])):
+        lines.append(f"{images.name}: {warning}")
     sizes = Counter(map(tuple, found.columns["size"].tolist()))
     if len(sizes) > 1:
         (width, height), most = sizes.most_common(1)[0]
@@ -335,15 +342,6 @@ def remarks(images: ImageSet, found: Survey) -> list[str]:
         pairs = one_line(f"{images.title(row)} = {images.title(seen[images.hashes[row]])}" for row in again)
         lines.append(f"{images.name}: {_of(len(again), images)} {_are(again)} another one's copy: {pairs}")
     return lines
-
-
-def _by_range(images: ImageSet, rows: list[int]) -> str:
-    """What becomes of deep images, and a warning where they come out dark."""
-    spans = sorted({images.range(row) for row in rows})
-    if spans != [""]:
-        return f"scaled to 8 bit by --range {' and '.join(filter(None, spans))}"
-    dark = ranges.dark([images.sources[row] for row in rows])
-    return "scaled to 8 bit" + (f" ({dark})" if dark else "")
 
 
 def mismatches(real: ImageSet, of_real: Survey, fake: ImageSet, of_fake: Survey) -> list[str]:
