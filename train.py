@@ -36,7 +36,7 @@ class Config:
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     frozen: str = "device"  # where parts that do not train live: device, cpu or share (FSDP2); or PART=PLACE,...
     # ---- data
-    data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR
+    data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR, or A*3+B
     range: str = ""  # auto | BITS | LOW:HIGH: greys of more than 8 bits
     size: Annotated[int | None, "1 .. 16384"] = None  # side of the images in pixels; empty: the model's own
     valid: Annotated[float, "0 ..< 1"] = 0.1  # share of the images held out, by image
@@ -216,7 +216,7 @@ def read_data(config: Config, before: dict, system, ranks: Ranks):
     table = system.adopt(table)
     for path in filter(None, (config.grid_prompts, config.test_prompts)):  # said now rather than after hours
         system.check_prompts(read_prompts(path, system.columns))
-    return table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
+    return table.split(config.valid, config.seed, by_label=None)
 
 
 def open_run(config: Config, before: dict, system, split, ranks: Ranks) -> Run:
@@ -381,6 +381,7 @@ def learning_rate(config: Config, step: int, last: int) -> float:
 def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     """Draw the prompts of `config.test_prompts` as sample.py does, from what was saved, and measure them as evaluate.py
     does."""
+    from nanomed import data
     from nanomed.drawing import Drawing, draw
     from nanomed.evaluation import final, measuring
 
@@ -393,7 +394,7 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     if not run.ranks.first:
         return {}
     settings = measuring.Settings(weights=config.weights, cache=config.cache)
-    toy_world = config.data.startswith("toy")
+    toy_world = data.only_toy(config.data)
     if not split[1].rows and not toy_world:
         run.say(f"{out} is not measured: no real images were held out to compare with")
         return {}

@@ -221,6 +221,16 @@ def test_a_run_decides_once_writes_it_down_and_goes_on_with_it(tmp_path, capsys)
     assert config["ranges"] == ["14"] and config["changes"][-1]["anyway"] == ["range"]
 
 
+def test_bits_that_do_not_hold_the_values_are_refused_before_anything_is_written(tmp_path):
+    folder = deep(tmp_path / "a", 4000)
+    words = [*TINY, "--data", f"folder:{folder}", "--out", tmp_path / "runs", "--cache", tmp_path / "cache"]
+    with pytest.raises(DataError, match=r"a/\d\.png: holds \d{4}, which 10 bits do not hold; give --range more bits"):
+        called(train.main, *words, "--range", "10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    with pytest.raises(DataError, match="which 10 bits do not hold"):
+        imagesets.find(str(folder), span="10")
+
+
 def test_a_run_on_dark_images_says_so(tmp_path, capsys):
     folder = deep(tmp_path / "a", 1000)
     words = [*TINY, "--data", f"folder:{folder}", "--out", tmp_path / "runs", "--cache", tmp_path / "cache"]

@@ -149,7 +149,8 @@ def flags(text: str, category: str) -> list[str]:
 def pictures(spec: str, cache: str | Path = "runs/cache") -> list[Picture]:
     """The images of a data set; of `folder:DIR` all that are in it, whether they have captions or not. The category is
     the class folder, or what the data set says."""
-    kind, _, where = spec.partition(":")
+    sets = data.parts(spec)
+    kind, _, where = sets[0][0].partition(":") if len(sets) == 1 else ("", "", "")
     if kind == "folder" and where and not any(Path(where, name).is_file() for name in METADATA):
         root = Path(where).expanduser()
         if not root.is_dir():

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from nanomed.data import dicom, load, ranges
+from nanomed.data import dicom, load, parts, ranges
 from nanomed.data.images import FORMATS, SUFFIXES, is_dicom, listing, open_rgb
 from nanomed.data.table import DataError, Row, Table, column, pixel_hash, read_csv
 
@@ -92,7 +92,10 @@ def check(
     """
     findings: list[Finding] = []
     tables = [_read(recognise(each), cache, findings) for each in (path, valid) if each]
-    spans = [ranges.of_table(table, span) for table in tables]
+    spans = []
+    for table in tables:  # values that a number of bits does not hold are findings
+        sets = 1 + max((row.part for row in table.rows), default=0)
+        spans.append(ranges.of_table(table, span) if span == "auto" else [span] * sets)
     if len({len(each) for each in spans}) == 1:  # both as the first, so that an image in both is known
         spans = [spans[0]] * len(tables)
     tables = [ranges.ranged(table, each) for table, each in zip(tables, spans)]
@@ -117,8 +120,7 @@ def _read(spec: str, cache: str | Path, findings: list[Finding]) -> Table:
     try:
         table = load(spec, cache, problems=problems)
     except DataError as error:
-        where = spec.partition(":")[2]
-        if not where or not Path(where).expanduser().exists():
+        if len(parts(spec)) > 1 or not Path(spec.partition(":")[2] or "/nowhere/").expanduser().exists():
             raise
         table = Table(spec, ())
         problems.append(error)
@@ -262,9 +264,9 @@ def _names(files: list[Path]) -> list[Finding]:
 def _orphans(specs: list[str], files: list[Path]) -> list[Finding]:
     """Images that lie where the others do and that no row names."""
     named, folders = set(files), {file.parent for file in files}
-    for spec in specs:
-        if not spec.startswith("toy"):
-            root = Path(spec.partition(":")[2]).expanduser()
+    for one in (one for spec in specs for one, _ in parts(spec)):
+        if not one.startswith("toy"):
+            root = Path(one.partition(":")[2]).expanduser()
             root = root.parent if root.is_file() else root
             folders |= {root, root / "images"}
     findings = []

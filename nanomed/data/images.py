@@ -82,7 +82,7 @@ def open_rgb(path: str | Path, span: str = "") -> Image.Image:
     """
     if is_dicom(path):
         return _of_dicom(Path(path), span)
-    return _opened(path, lambda image: to_rgb(ImageOps.exif_transpose(image), span))
+    return _opened(path, lambda image: to_rgb(ImageOps.exif_transpose(image), span, Path(path)))
 
 
 def extremes(path: str | Path) -> tuple[float, float, bool] | None:
@@ -130,10 +130,7 @@ def _of_dicom(path: Path, span: str) -> Image.Image:
         return Image.fromarray(picture.values)
     greys = picture.greys
     if span and is_deep(path, span):
-        try:
-            greys = scaled(picture.values, span)
-        except OutOfRange as error:
-            raise DataError(f"{path}: {error}") from None
+        greys = scaled(picture.values, span, path)
     greys = np.clip(greys, 0, 255)
     return _grey(255 - greys if picture.inverted else greys)
 
@@ -153,8 +150,6 @@ def _opened(path: str | Path, make: Callable[[Image.Image], T]) -> T:
                 raise Image.DecompressionBombError
             image.load()
             return make(image)
-    except OutOfRange as error:
-        raise DataError(f"{path}: {error}") from None
     except DataError:
         raise
     except FileNotFoundError:
@@ -167,10 +162,10 @@ def _opened(path: str | Path, make: Callable[[Image.Image], T]) -> T:
         raise DataError(f"{path}: damaged image ({error}); get the file again") from None
 
 
-def to_rgb(image: Image.Image, span: str = "") -> Image.Image:
-    """Any mode to RGB, by the policy at the top of this file, or deep ones by a range."""
+def to_rgb(image: Image.Image, span: str = "", path: Path = Path()) -> Image.Image:
+    """Any mode to RGB, by the policy at the top of this file, or deep ones by a range; `path` is for messages."""
     if span and _is_deep(image):
-        return _grey(scaled(np.asarray(image).astype(np.float64), span))
+        return _grey(scaled(np.asarray(image).astype(np.float64), span, path))
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
@@ -198,10 +193,6 @@ def _grey(values: np.ndarray) -> Image.Image:
 # ------------------------------------------------------------------------------------------------------------- ranges
 
 
-class OutOfRange(ValueError):
-    """A value that a file of so many bits cannot hold."""
-
-
 def limits(span: str) -> tuple[float, float]:
     """(what becomes black, what becomes white) of a range: BITS, 0 and 2^BITS - 1, or LOW:HIGH; else a UsageError."""
     if re.fullmatch(r"[0-9]{1,2}", span) and 8 <= int(span) <= 32:
@@ -217,14 +208,21 @@ def limits(span: str) -> tuple[float, float]:
     raise UsageError(f"--range {shown}: say auto, the bits that are used (8 .. 32), or LOW:HIGH with LOW < HIGH")
 
 
-def scaled(values: np.ndarray, span: str) -> np.ndarray:
-    """Values to 0 .. 255 by a range. Beyond LOW:HIGH, a window that someone has chosen, they are clipped by what rounds
-    them; a number of bits says what a file is, so what they cannot hold raises OutOfRange."""
-    low, high = limits(span)
+def of_bits(values: np.ndarray, span: str, path: Path) -> None:
+    """A number of bits says what a file is: a DataError for values that they do not hold."""
+    _, high = limits(span)
     known = values[np.isfinite(values)]
-    if ":" not in span and known.size and (known.min() < 0 or known.max() > high):
+    if known.size and (known.min() < 0 or known.max() > high):
         odd = known.min() if known.min() < 0 else known.max()
-        raise OutOfRange(f"holds {odd:g}, which {span} bits do not hold; give --range more bits, or LOW:HIGH")
+        raise DataError(f"{path}: holds {odd:g}, which {span} bits do not hold; give --range more bits, or LOW:HIGH")
+
+
+def scaled(values: np.ndarray, span: str, path: Path) -> np.ndarray:
+    """The values of a file to 0 .. 255 by a range; beyond LOW:HIGH, a window that someone has chosen, they go on, to be
+    clipped by what rounds them."""
+    if ":" not in span:
+        of_bits(values, span, path)
+    low, high = limits(span)
     return (values - low) / ((high - low) / 255)  # of 16 bits: divided by 257
 
 

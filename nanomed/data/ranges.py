@@ -10,14 +10,16 @@ Without it a file of 16 bits is divided by 257, and 12 bits come out nearly blac
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from nanomed.data.images import extremes, is_deep, limits, open_rgb
+from nanomed.data.images import extremes, is_deep, limits, of_bits, open_rgb
 from nanomed.data.table import DataError, Table
 
 DARK = 64  # a quarter of all greys, which is what 14 bits in a file of 16 come to
@@ -37,30 +39,32 @@ def deep(files: Sequence[Path], span: str = "") -> list[bool]:
 
 
 def decided(files: Sequence[Path], span: str) -> str:
-    """A range in place of auto, for the files of one data set; "" where none of them has more than 8 bits. Damaged
-    ones are passed over. Raises DataError where the values do not tell what is black and white."""
-    if span != "auto":
+    """A range for the files of one data set: in place of auto that of all their values, "" where none of them has more
+    than 8 bits. Damaged ones are passed over. Raises DataError where the values do not tell what is black and white, or
+    are not those of so many bits."""
+    if not span or ":" in span:
         return span
     files = [file for file, is_one in zip(files, deep(files)) if is_one]
-    found: dict[bool, tuple[float, float, Path]] = {}  # whether they are floats -> the least, the most, a file
+    found: dict[bool, tuple[float, Path]] = {}  # whether they are floats -> the largest value and its file
     with ThreadPoolExecutor(4) as pool:
         seen = tqdm(pool.map(_extremes, files), "values", len(files), leave=False, unit="image", disable=None)
         for file, known in zip(files, seen):
             if known:
                 low, high, floats = known
-                if low < 0:
+                if span != "auto":
+                    of_bits(np.array([low, high]), span, file)
+                elif low < 0:
                     raise DataError(f"{file}: holds {low:g}, so --range auto knows no black; say --range LOW:HIGH")
-                least, most, _ = found.get(floats, (low, high, file))
-                found[floats] = min(low, least), max(high, most), file
-    if not found:
-        return ""
+                found[floats] = max(found.get(floats, (high, file)), (high, file))
+    if span != "auto" or not found:
+        return span.removesuffix("auto")
     if len(found) == 2:
-        one, other = (found[floats][2] for floats in (True, False))
+        one, other = (found[floats][1] for floats in (True, False))
         raise DataError(f"{one} holds floats and {other} whole numbers: say --range LOW:HIGH in place of auto")
-    floats, (_, high, file) = next(iter(found.items()))
+    floats, (high, file) = next(iter(found.items()))
     if floats and high <= 1:
         return "0:1"
-    bits = max(8, int(-(-high // 1)).bit_length())
+    bits = max(8, math.ceil(high).bit_length())
     if bits > 32:
         raise DataError(f"{file}: values up to {high:g} are more than --range auto takes; say --range LOW:HIGH")
     return str(bits)

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +30,7 @@ class Row:
     group: str = ""  # images that a split keeps together, such as those of one lesion; empty: the image alone
     pad: bool = False  # whether the image gets a black border that makes it square, before all else
     part: int = 0  # which of several data sets it is of
+    weight: int = 1  # how often it comes in an epoch
     range: str = ""  # which of its values are black and white (ranges.py); empty: the policy of images.py
 
 
@@ -38,20 +39,41 @@ class Table:
     name: str
     rows: tuple[Row, ...]
 
-    def split(self, share: float, seed: int, by_label: bool = False) -> tuple["Table", "Table"]:
+    def split(self, share: float, seed: int, by_label: bool | None = False) -> tuple["Table", "Table"]:
         """(train, valid) with `share` of the images in valid; all prompts of an image stay together, and all images
         of a group. Of one image, or one group, none is held out; of two or more at least one, and at least one is not.
 
         The choice depends on seed and names alone, not on the order of the rows. With `by_label` every class gives
-        the same share.
+        the same share; None: where the first image has a class. Of several data sets each is split by itself, as it
+        would be alone, and images that are held out come once.
         """
+        if len(parts := dict.fromkeys(row.part for row in self.rows)) > 1:
+            return self._split_each(parts, share, seed, by_label)
         if not 0 <= share < 1:
             raise DataError(f"a share of {share} held out: it must be at least 0 and less than 1")
+        if by_label is None:
+            by_label = bool(self.rows and self.rows[0].label)
+        held_out = self._chosen(share, seed, by_label)
+        if share and not held_out and len(self.rows) > 1:
+            held_out = self._unit(min)
+        if held_out and len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
+            held_out -= self._unit(max)
+        train = tuple(row for row in self.rows if row.file not in held_out)
+        valid = tuple(replace(row, weight=1) for row in self.rows if row.file in held_out)
+        return Table(self.name, train), Table(self.name, valid)
+
+    def _split_each(self, parts: Iterable[int], share: float, seed: int, by_label: bool | None):
+        sets = (Table(self.name, tuple(row for row in self.rows if row.part == part)) for part in parts)
+        train, valid = zip(*(table.split(share, seed, by_label) for table in sets))
+        return tuple(Table(self.name, tuple(row for half in halves for row in half.rows)) for halves in (train, valid))
+
+    def _chosen(self, share: float, seed: int, by_label: bool) -> set[Path]:
+        """The files of a share of the images, or of every class; groups are whole."""
+        held_out: set[Path] = set()
         classes: dict[str, dict[str, list[Path]]] = {}
         for row in self.rows:
             units = classes.setdefault(row.label if by_label else "", {})
             units.setdefault(row.group or row.file.as_posix(), []).append(row.file)
-        held_out: set[Path] = set()
         for label, units in classes.items():
             names, wanted, taken = sorted(units), round(share * sum(map(len, units.values()))), 0
             random.Random(f"{seed} {label}").shuffle(names)
@@ -60,13 +82,7 @@ class Table:
                     break
                 held_out.update(units[name])
                 taken += len(units[name])
-        if share and not held_out and len(self.rows) > 1:
-            held_out = self._unit(min)
-        if held_out and len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
-            held_out -= self._unit(max)
-        train = tuple(row for row in self.rows if row.file not in held_out)
-        valid = tuple(row for row in self.rows if row.file in held_out)
-        return Table(self.name, train), Table(self.name, valid)
+        return held_out
 
     @cached_property
     def sums(self) -> list[str]:
@@ -78,7 +94,7 @@ class Table:
     def digest(self) -> str:
         """A hash of all that can be trained on, in its order: files by name and bytes, prompts and classes. Where they
         lie does not count."""
-        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad, *filter(None, [row.range])]
+        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad, *_more(row)]
                 for row, digest in zip(self.rows, self.sums)]  # fmt: skip
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -86,6 +102,25 @@ class Table:
         """The first or last image by name, with all of its group."""
         one = choose(self.rows, key=lambda row: row.file)
         return {row.file for row in self.rows if row is one or row.group == one.group != ""}
+
+
+def _more(row: Row) -> list[str | int]:
+    """What the digest says of a row besides: nothing of one that is read as it is and comes once."""
+    return [*filter(None, [row.range]), *([row.weight] if row.weight > 1 else [])]
+
+
+def joined(tables: Sequence[Table], weights: Sequence[int]) -> Table:
+    """Several data sets as one, whose images come so many times in an epoch. Groups of one name in two sets stay two;
+    classes of one name are one. Raises DataError for an image that two of them hold."""
+    rows, known = [], set()
+    for part, (table, weight) in enumerate(zip(tables, weights)):
+        for row in table.rows:
+            if (file := row.file.resolve()) in known:
+                raise DataError(f"{row.file}: is in two of the data sets {' and '.join(one.name for one in tables)}")
+            known.add(file)
+            group = f"{row.group} of set {part + 1}" if row.group and len(tables) > 1 else row.group
+            rows.append(replace(row, part=part, weight=weight, group=group))
+    return Table("+".join(table.name for table in tables), tuple(rows))
 
 
 def padded(table: Table) -> Table:

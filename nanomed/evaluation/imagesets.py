@@ -91,8 +91,9 @@ def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", s
          span: str = "") -> ImageSet:  # fmt: skip
     """The set that `spec` names: a folder or a data set, its deep images read by the --range `span`, of which auto is
     decided for all of it. Raises DataError for what is not there or has no images."""
-    kind, colon, where = spec.partition(":")
-    if colon and kind in ("clef", "folder", "kvasir", "skin", "ham10000", "toy") and not Path(spec).exists():
+    if re.match(rf"({'|'.join(data.KINDS)})[:+*]", spec) and not Path(spec).exists():
+        if weighted := [f"{one}*{weight}" for one, weight in data.parts(spec) if weight > 1]:
+            raise DataError(f"{spec}: the weight of {weighted[0]} is for training; measured are images, each once")
         table = data.load(spec, cache, side or 256)
         return of_table(ranges.ranged(table, ranges.of_table(table, span)), name or spec, limit, side)
     root = Path(spec).expanduser()

@@ -82,7 +82,7 @@ def _mmcp(table: data.Table, spec: str, seed: int) -> Setup:
 
 
 def _medart(table: data.Table, spec: str, seed: int) -> Setup:
-    train, test = table.split(HELD_OUT, seed, by_label=bool(table.rows[0].label))
+    train, test = table.split(HELD_OUT, seed, by_label=None)
     draw = random.Random(f"medart {seed}")
     told = [row for row in train.rows if row.prompts]
     rows = draw.sample(told, len(test.rows)) if len(test.rows) <= len(told) else draw.choices(told, k=len(test.rows))

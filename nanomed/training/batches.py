@@ -109,9 +109,9 @@ class Batches:
         self.views = views(how.views, flips=how.dropout > 0)
         self.placed = how.places_first * batch * ranks.world  # samples, of all processes together
         if how.pairs:
-            self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
+            self.items = [(i, j) for i, row in enumerate(rows) for j in [*range(len(row.prompts))] * row.weight]
         else:
-            self.items = [(i, 0) for i in range(len(rows))]
+            self.items = [(i, 0) for i, row in enumerate(rows) for _ in range(row.weight)]
         if not self.items:
             raise ValueError("no training images: the table is empty")
         self._pool = ThreadPoolExecutor(max_workers=4)
