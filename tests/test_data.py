@@ -247,7 +247,11 @@ def test_the_papers_three_uses_of_paraphrases(tmp_path):
     (b"prompt,id\nx,1,2\n", r"p\.csv:2: 3 fields where the header has 2"),
     (b"prompt\nx\0y\n", "zero bytes"),
     (b"prompt\n\xff\xfe\n", r"p\.csv:2: not UTF-8"),
-    ("prompt\nx\n".encode("utf-16"), "UTF-8"),
+    ("prompt\nx\n".encode("utf-16-le"), "zero bytes"),  # without a mark
+    ("prompt\nx\n".encode("utf-32"), "zero bytes"),
+    (b"\xff\xfep\0r", "damaged"),
+    ("prompt\nx\n".encode("utf-16")[:-1], "damaged"),
+    (b"\xef\xbb\xbfprompt\n" + 4 * "\u00e9".encode() + b"\n\xe9a\n", r"p\.csv:3: not UTF-8; save"),  # it says UTF-8
     (b"prompt,prompt\nx,y\n", "occurs twice"),
     (b'prompt,id\na,1\n"two\nlines",2\n"never closed,3\n' + b"x,4\n" * 50, r"p\.csv:5: .*quotes"),
     (b'prompt,id\n"a"b,1\n', r"p\.csv:2: .*quotes"),
@@ -280,6 +284,84 @@ def test_delimiters_marks_and_column_names_are_recognised(tmp_path, content):
     path = tmp_path / "p.csv"
     path.write_text(content, encoding="utf-8", newline="")
     assert read_prompts(path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "code, delimiter", [("utf-16", "\t"), ("utf-16-be", "\t"), ("cp1252", ";"), ("cp1252", ","), ("utf-8-sig", ",")]
+)
+def test_excels_own_files_are_read_wherever_a_table_is(tmp_path, code, delimiter):
+    """As metadata, captions, prompts and paraphrases: the words that were typed, whatever Excel made of them."""
+    said, other = "Bürste über dem Café", "Größe, 5 µm"
+    image, mark = picture(tmp_path / "a.png"), "\ufeff" if code == "utf-16-be" else ""
+
+    def write(name, *rows):
+        text = mark + "".join(delimiter.join(f'"{cell}"' for cell in row) + "\r\n" for row in rows)
+        (tmp_path / name).write_bytes(text.encode(code))
+        return tmp_path / name
+
+    write("metadata.csv", ("file_name", "text"), ("a.png", said))
+    table = data.load(f"folder:{tmp_path}")
+    assert table.rows[0].prompts == (said,) and table.rows[0].file == image
+    captions = write("c.csv", ("file_name", "text"), ("a.png", other))
+    assert data.with_captions(table, str(captions)).rows[0].prompts == (other,)
+    paraphrases = write("p.csv", ("Prompt", "Paraphrase"), (said, other))
+    assert with_paraphrases(table, paraphrases, "all").rows[0].paraphrases == (other,)
+    assert read_prompts(paraphrases) == [said]
+
+
+WEST = [  # as people write, in the letters of Windows
+    "Flächige Läsion, Größe 5 mm, Ménière, 37 °C",
+    "Un polype sessile à la paroi, très érythémateux",
+    "L’image d’une lésion « plane » – côté gauche, sévère… où l’œdème est bénin",
+    "Pólipo sésil de 5 mm en el ángulo, pequeña lesión",
+    "Lesão plana na mucosa do cólon, não sangrante",
+    "Un polipo più piccolo, così com’è, di qualità",
+    "Små røde sår på slimhinden, æble",
+    "En liten förändring på höger sida, blå",
+    "Een geïnfecteerde laesie, reünie",
+    "a patient’s polyp – 5 µm, 20 € “as seen”",
+]
+
+
+@pytest.mark.parametrize("text", WEST)
+def test_windows_letters_of_western_languages_are_read(tmp_path, text):
+    path = tmp_path / "p.csv"
+    path.write_bytes(f"prompt;id\r\n{text};1\r\n".encode("cp1252"))
+    assert read_prompts(path) == [text]
+
+
+@pytest.mark.parametrize("code, text, told", [
+    ("cp1252", "Une lésion à côté, très petite", None),
+    ("cp1252", "très", "byte 0xe8 could mean è or č"),  # alone it could be Croatian
+    ("cp1252", "5 mm³, 2 cm² ± 3 m³, nódulo", None),
+    ("cp1250", "mały polip", ""),
+    ("cp1250", "był", "byte 0xb3 could mean ³ or ł"),
+    ("cp1252", "não, câncer", "byte 0xe3 could mean ã or ă"),
+    ("cp1250", "Malý polyp, část střeva", ""),
+    ("cp1250", "Polip w części okrężnicy, mały", ""),
+    ("cp1250", "A vastagbél középső része", ""),
+    ("cp1250", "Leziune în colonul transvers, mică", ""),
+    ("cp1251", "полип толстой кишки", ""),
+    ("cp1253", "πολύποδας του εντέρου", ""),
+    ("cp1254", "kalın bağırsakta şişlik", ""),
+    ("cp1257", "storosios žarnos polipas, mažas", ""),
+    ("mac_roman", "une lésion bénigne", ""),
+    ("mac_roman", "große Läsion", ""),
+    ("mac_roman", "côté", ""),
+    ("cp850", "une lésion bénigne", ""),
+    ("cp850", "Größe", ""),
+    ("shift_jis", "内視鏡 polyp", ""),
+    ("gbk", "内窥镜图像 polyp", ""),
+])  # fmt: skip
+def test_other_letters_are_refused_with_their_line_and_never_misread(tmp_path, code, text, told):
+    path = tmp_path / "p.csv"
+    path.write_bytes(f"prompt;id\r\nplain;0\r\n{text};1\r\n".encode(code))
+    if told is None:
+        assert read_prompts(path) == ["plain", text]
+        return
+    with pytest.raises(DataError, match=rf"p\.csv:3: not UTF-8.*{told}.*save the file as UTF-8") as error:
+        read_prompts(path)
+    assert "\n" not in str(error.value)
 
 
 def test_prompts_keep_commas_repetitions_and_emptiness(tmp_path):

@@ -1,5 +1,6 @@
 """What every reader makes of a data set: one row an image, with all the prompts that describe it."""
 
+import codecs
 import csv
 import hashlib
 import io
@@ -210,18 +211,93 @@ def read_csv(path: str | Path, problems: list[DataError] | None = None) -> list[
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, with or without a byte-order mark; a DataError for anything that is not text."""
+    """A text file: UTF-8, with or without a byte-order mark, UTF-16 with one, or western letters as Windows has them
+    (`_western`); a DataError, with the line where there is one, for anything else."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            text = data.decode("utf-16")
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: begins as UTF-16 and is damaged; save it as UTF-8") from None
+        if "\0" in text:
+            raise DataError(f"{path}: holds zero bytes, so it is no text; save it as UTF-8")
+        return text
     if b"\0" in data:
         raise DataError(f"{path}: holds zero bytes, so it is no UTF-8 text; save it as UTF-8")
+    marked = data.startswith(codecs.BOM_UTF8)
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+        if marked:
+            raise _not_utf8(path, data, error.start) from None
+    return _western(path, data)
+
+
+# The letters of languages beside a to z, those of words that they borrow included: a text has them from one of these.
+WESTERN = (
+    "äöüßéèàêçôâ",  # German
+    "àâæçéèêëîïôœùûü",  # French
+    "áàçéèíïñóòúü",  # Spanish, Catalan
+    "áàâãçéêíóôõúü",  # Portuguese
+    "àèéìòù",  # Italian
+    "åäöæøéüàèê",  # Danish, Norwegian, Swedish, Finnish
+    "áäçéèëêíïóöôúûü",  # Dutch
+)
+CENTRAL = (  # and some of those that a text in this language has at once
+    ("áčďéěíňóřšťúůýž", "áíěšřž"),  # Czech
+    ("áäčďéíľňóôšťúýž", "áíľšž"),  # Slovak
+    ("ąćęłńóśźż", "ąęłśż"),  # Polish
+    ("áéíóöőúüű", "á"),  # Hungarian
+    ("čćđšž", "čšž"),  # Croatian, Slovene
+    ("ăâîşţ", "ă"),  # Romanian
+)
+
+
+def _western(path: Path, data: bytes) -> str:
+    """Text in one byte a letter, as Excel and Notepad write it on Windows in western Europe and the Americas (cp1252).
+
+    Nothing in such a file says what its bytes mean. It is read where all of its letters are those of one western
+    language; a DataError where they could be of a central European one as well (cp1250: e with a grave accent is c with
+    a caron there, but the accents of German and Spanish vowels are the same), where a word has no plain letter, as in
+    Cyrillic and Greek, and where a sign stands within a word, as what a Mac or DOS took for a letter does.
+    """
+    text = data.decode("cp1252", "replace")
+    other = re.sub(rb"(?<![A-Za-z\x80-\xff])([cdm]?m)\xb3(?![A-Za-z\x80-\xff])", rb"\1 ", data)  # mm3 is no Polish word
+    other = other.decode("cp1250", "replace")
+    if "\ufffd" in text:
+        raise _not_utf8(path, data, text.index("\ufffd"))
+    for word in re.finditer(r"[A-Za-z\x80-\uffff]+", text):
+        letters = [_is_letter(letter) for letter in word[0]]
+        if sum(letters) > 1 and not re.search("[A-Za-z]", word[0]):
+            raise _not_utf8(path, data, word.start())
+        within = range(letters.index(True), len(letters) - letters[::-1].index(True)) if any(letters) else ()
+        if odd := [i for i in within if not letters[i] and word[0][i] not in "\u2019\xb7\xad"]:
+            raise _not_utf8(path, data, word.start() + odd[0])
+    if not any(_accents(text) <= {*known} for known in WESTERN):
+        strange = next(i for i, letter in enumerate(text) if _is_letter(letter) and not letter.isascii())
+        raise _not_utf8(path, data, strange)
+    if any(_accents(other) <= {*known} and _accents(other) & {*often} for known, often in CENTRAL):
+        for i, (one, two) in enumerate(zip(text, other)):
+            if one != two and _is_letter(two):
+                raise _not_utf8(path, data, i, f", and byte {data[i]:#x} could mean {one} or {two}")
+    return text
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalpha() and character not in "\xaa\xba\xb5"  # of ordinals, and micro
+
+
+def _accents(text: str) -> set[str]:
+    return {letter for letter in text.lower() if _is_letter(letter) and not letter.isascii()}
+
+
+def _not_utf8(path: Path, data: bytes, place: int, why: str = "") -> DataError:
+    line = data[:place].count(b"\n") + 1
+    return DataError(f"{path}:{line}: not UTF-8{why}; save the file as UTF-8")
 
 
 def column(record: dict[str, str], names: Sequence[str]) -> str | None:
