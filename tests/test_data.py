@@ -344,6 +344,8 @@ def test_windows_letters_of_western_languages_are_read(tmp_path, text):
     ("cp1251", "полип толстой кишки", ""),
     ("cp1253", "πολύποδας του εντέρου", ""),
     ("cp1254", "kalın bağırsakta şişlik", ""),
+    ("cp1257", "gļotādā ir balta viena", "could mean ï or ļ"),
+    ("cp1257", "ėda", "could mean ë or ė"),
     ("cp1257", "storosios žarnos polipas, mažas", ""),
     ("mac_roman", "une lésion bénigne", ""),
     ("mac_roman", "große Läsion", ""),

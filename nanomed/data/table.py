@@ -247,13 +247,15 @@ WESTERN = (
     "åäöæøéüàèê",  # Danish, Norwegian, Swedish, Finnish
     "áäçéèëêíïóöôúûü",  # Dutch
 )
-CENTRAL = (  # and some of those that a text in this language has at once
-    ("áčďéěíňóřšťúůýž", "áíěšřž"),  # Czech
-    ("áäčďéíľňóôšťúýž", "áíľšž"),  # Slovak
-    ("ąćęłńóśźż", "ąęłśż"),  # Polish
-    ("áéíóöőúüű", "á"),  # Hungarian
-    ("čćđšž", "čšž"),  # Croatian, Slovene
-    ("ăâîşţ", "ă"),  # Romanian
+EASTERN = (  # the code page of others, and some of the letters that a text in this language has at once
+    ("cp1250", "áčďéěíňóřšťúůýž", "áíěšřž"),  # Czech
+    ("cp1250", "áäčďéíľňóôšťúýž", "áíľšž"),  # Slovak
+    ("cp1250", "ąćęłńóśźż", "ąęłśż"),  # Polish
+    ("cp1250", "áéíóöőúüű", "á"),  # Hungarian
+    ("cp1250", "čćđšž", "čšž"),  # Croatian, Slovene
+    ("cp1250", "ăâîşţ", "ă"),  # Romanian
+    ("cp1257", "ąčęėįšųūž", "ėš"),  # Lithuanian
+    ("cp1257", "āčēģīķļņšūž", "āī"),  # Latvian
 )
 
 
@@ -261,13 +263,12 @@ def _western(path: Path, data: bytes) -> str:
     """Text in one byte a letter, as Excel and Notepad write it on Windows in western Europe and the Americas (cp1252).
 
     Nothing in such a file says what its bytes mean. It is read where all of its letters are those of one western
-    language; a DataError where they could be of a central European one as well (cp1250: e with a grave accent is c with
-    a caron there, but the accents of German and Spanish vowels are the same), where a word has no plain letter, as in
-    Cyrillic and Greek, and where a sign stands within a word, as what a Mac or DOS took for a letter does.
+    language; a DataError where they could be of an eastern one as well (e with a grave accent is c with a caron in
+    cp1250, but the umlauts of German and the acute accents of Spanish are the same everywhere), where a word has no
+    plain letter, as in Cyrillic and Greek, and where a sign stands within a word, as a Mac's and DOS's letters do here.
     """
     text = data.decode("cp1252", "replace")
-    other = re.sub(rb"(?<![A-Za-z\x80-\xff])([cdm]?m)\xb3(?![A-Za-z\x80-\xff])", rb"\1 ", data)  # mm3 is no Polish word
-    other = other.decode("cp1250", "replace")
+    plain = re.sub(rb"(?<![A-Za-z\x80-\xff])([cdm]?m)\xb3(?![A-Za-z\x80-\xff])", rb"\1 ", data)  # mm3 is no Polish word
     if "\ufffd" in text:
         raise _not_utf8(path, data, text.index("\ufffd"))
     for word in re.finditer(r"[A-Za-z\x80-\uffff]+", text):
@@ -280,10 +281,12 @@ def _western(path: Path, data: bytes) -> str:
     if not any(_accents(text) <= {*known} for known in WESTERN):
         strange = next(i for i, letter in enumerate(text) if _is_letter(letter) and not letter.isascii())
         raise _not_utf8(path, data, strange)
-    if any(_accents(other) <= {*known} and _accents(other) & {*often} for known, often in CENTRAL):
-        for i, (one, two) in enumerate(zip(text, other)):
-            if one != two and _is_letter(two):
-                raise _not_utf8(path, data, i, f", and byte {data[i]:#x} could mean {one} or {two}")
+    for page, known, often in EASTERN:
+        other = plain.decode(page, "replace")
+        if _accents(other) <= {*known} and _accents(other) & {*often}:
+            for i, (one, two) in enumerate(zip(text, other)):
+                if one != two and _is_letter(two):
+                    raise _not_utf8(path, data, i, f", and byte {data[i]:#x} could mean {one} or {two}")
     return text
 
 
