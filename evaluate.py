@@ -189,7 +189,7 @@ def write_prompts(setup, config: Config) -> None:
     print(f"{setup.note}\n{path}: the prompts. Draw them, then measure what was drawn:")
     print(f"python sample.py --prompts {path} --out {fake}{setup.drawing}")
     print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} --fake {fake} "
-          f"--out {config.out}")  # fmt: skip
+          f"--out {config.out}{f' --range {config.range}' if config.range else ''}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the results

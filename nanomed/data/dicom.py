@@ -11,6 +11,8 @@ message. One frame a file: more are refused, and so are enhanced objects, whose 
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,85 +62,89 @@ def installed() -> bool:
 
 def header(path: Path) -> Header:
     """What a file says of its image; DataError where it is none that is read here."""
-    found = _opened(path, pixels=False)
-    return Header(
-        (int(found.Columns), int(found.Rows)),
-        found.PhotometricInterpretation in GREY,
-        int(found.get("BitsStored", 32)),
-        _has_window(found) or bool(found.get("VOILUTSequence")),
-        str(found.get("BurnedInAnnotation", "")).upper() == "YES",
-    )
+    with _named(path):
+        found = _opened(path, pixels=False)
+        return Header(
+            (int(found.Columns), int(found.Rows)),
+            found.PhotometricInterpretation in GREY,
+            int(found.get("BitsStored") or 32),
+            _has_window(found) or bool(found.get("VOILUTSequence")),
+            str(found.get("BurnedInAnnotation", "")).upper() == "YES",
+        )
 
 
 def read(path: Path, most: int) -> Picture:
     """The pixels of a file; DataError, naming it, where they cannot be had. `most` pixels are read."""
-    found = _opened(path)
-    if found.Rows * found.Columns > most:
-        raise DataError(f"{path}: more than {most:,} pixels; make it smaller")
-    _need_decoder(path, found)
-    from pydicom.pixels import pixel_array
-
-    try:
-        stored = pixel_array(found, correct_unused_bits=False)  # which would cut off values at the upper end
+    with _named(path):
+        found = _opened(path)
+        if int(found.Rows) * int(found.Columns) > most:
+            raise DataError(f"more than {most:,} pixels; make it smaller")
+        stored = _decoded(found)
         if found.PhotometricInterpretation in COLOUR:
             if stored.dtype != np.uint8:
                 raise DataError(f"colours of {found.BitsStored} bits; 8 are read")
             return Picture(stored)
         values = rescaled(_used(stored, found), found)
         return Picture(values, shown(values, found), found.PhotometricInterpretation == "MONOCHROME1")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong within, with the file's name before it. Of errors that are not from here the kind is told and no
+    word, for it may quote the file."""
+    if not installed():
+        raise DataError(f"{path}: DICOM is read by pydicom, which is not installed: pip install nanomed[dicom]")
+    import pydicom
+
+    warnings.filterwarnings("ignore", module=r"pydicom\.")  # they may quote it, too
+    try:
+        yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except RuntimeError:  # of decoders that know the format, but not this kind of it
-        raise _undecoded(path, found.file_meta.TransferSyntaxUID) from None
-    except Exception as error:  # its words may quote the file
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except pydicom.errors.InvalidDicomError:
+        raise DataError(f"{path}: not a DICOM file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
+    except Exception as error:
         raise DataError(f"{path}: damaged DICOM file ({type(error).__name__}); get the file again") from None
 
 
 def _opened(path: Path, pixels: bool = True) -> Any:
     """The tags of a file that holds one still image."""
-    if not installed():
-        raise DataError(f"{path}: DICOM is read by pydicom, which is not installed: pip install nanomed[dicom]")
     import pydicom
 
-    warnings.filterwarnings("ignore", module=r"pydicom\.")  # they may quote the file
-    try:
-        found = pydicom.dcmread(path, specific_tags=TAGS, stop_before_pixels=not pixels)
-        kind = str(found.get("PhotometricInterpretation", ""))
-        frames = int(found.get("NumberOfFrames") or 1)
-        enhanced = any(tag in found for tag in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except pydicom.errors.InvalidDicomError:
-        raise DataError(f"{path}: not a DICOM file") from None
-    except Exception as error:
-        raise DataError(f"{path}: damaged DICOM file ({type(error).__name__}); get the file again") from None
-    if not kind or "Rows" not in found or "Columns" not in found:
-        raise DataError(f"{path}: a DICOM file without an image; leave it out")
-    if frames > 1 or enhanced:
-        several = f"{frames} frames" if frames > 1 else "an enhanced, multi-frame object"
-        raise DataError(f"{path}: {several}; export the one that is meant as a file of its own")
+    if path.exists() and not path.is_file():
+        raise DataError("not a regular file")
+    found = pydicom.dcmread(path, specific_tags=TAGS, stop_before_pixels=not pixels)
+    kind = str(found.get("PhotometricInterpretation", ""))
+    if not kind or found.get("Rows") is None or found.get("Columns") is None:
+        raise DataError("a DICOM file without an image; leave it out")
+    if (frames := int(found.get("NumberOfFrames") or 1)) > 1:
+        raise DataError(f"{frames} frames; export the one that is meant as a file of its own")
+    if "SharedFunctionalGroupsSequence" in found or "PerFrameFunctionalGroupsSequence" in found:
+        raise DataError("an enhanced, multi-frame object; export the frame that is meant as a file of its own")
     if kind not in (*GREY, *COLOUR):
-        raise DataError(f"{path}: {kind if kind.isprintable() else 'colours'} is not read; export it as RGB")
+        raise DataError(f"{kind if kind.isprintable() else 'what it holds'} is not read; export it as RGB")
     return found
 
 
-def _need_decoder(path: Path, found: Any) -> None:
-    from pydicom.pixels import get_decoder
+def _decoded(found: Any) -> np.ndarray:
+    """Stored values (H, W), or colours (H, W, 3)."""
+    from pydicom.pixels import get_decoder, pixel_array
 
     syntax = getattr(found.file_meta, "TransferSyntaxUID", None)
     if syntax is None:
-        raise DataError(f"{path}: says no transfer syntax, so its pixels have no meaning; get the file again")
+        raise DataError("says no transfer syntax, so its pixels have no meaning; get the file again")
     try:
-        there = get_decoder(syntax).is_available
-    except NotImplementedError:
-        there = False
-    if not there:
-        raise _undecoded(path, syntax)
-
-
-def _undecoded(path: Path, syntax: Any) -> DataError:
-    return DataError(
-        f"{path}: compressed as {syntax.name}, and no decoder that is installed reads it; "
+        if get_decoder(syntax).is_available:
+            return pixel_array(found, correct_unused_bits=False)  # which would cut off values at the upper end
+    except (NotImplementedError, RuntimeError):  # nothing knows the format; or not this kind of it
+        pass
+    name = syntax.name if syntax.name != str(syntax) else "nothing that is known"
+    raise DataError(
+        f"compressed as {name}, and no decoder that is installed reads it; "
         f"pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or export it uncompressed"
     )
 
@@ -152,6 +158,8 @@ def _used(stored: np.ndarray, found: Any) -> np.ndarray:
     if stored.dtype.kind not in "iu" or allocated != 8 * stored.itemsize or not 0 < used < allocated:
         return stored
     above = allocated - 1 - int(found.get("HighBit", used - 1))
+    if not 0 <= above <= allocated - used:
+        raise DataError("its high bit has no meaning")
     return (stored << above) >> (allocated - used)
 
 
