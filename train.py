@@ -114,7 +114,7 @@ def main() -> int:
     run.say("\n".join(long))
     if told := ranges.told(split[0], config.range) if ranks.first else "":
         run.say(told)
-        run.log(stage="data", step=0, **{"note" if config.range else "warning": told})
+        run.log(**dict(zip(("stage", "step"), run.position())), note=told)
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
     for part in system.parts:

@@ -239,7 +239,7 @@ def test_a_run_on_dark_images_says_so(tmp_path, capsys):
     said = capsys.readouterr().out
     assert told in said or told.replace("to 4", "to 2") in said  # the brightest image may be held out
     lines = [json.loads(line) for line in (runs.newest(tmp_path / "runs") / "log.jsonl").read_text().splitlines()]
-    assert sum("dark or flat images" in line.get("warning", "") for line in lines) == 1
+    assert sum("dark or flat images" in line.get("note", "") for line in lines) == 1
 
 
 def test_evaluation_reads_both_sets_by_it_and_writes_down_that_it_did(tmp_path, capsys):
