@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+from nanomed import data
 from nanomed.data import ranges
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
@@ -176,7 +177,7 @@ def named(spec: str) -> dict[str, list[str]]:
             name = where = item
         if name in sets:
             raise UsageError(f"--real {spec}: two sets are called {name}")
-        sets[name] = [where] if Path(where).is_dir() else where.split("+")
+        sets[name] = [where] if Path(where).is_dir() or data.there(where) else where.split("+")
     return sets
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 from nanomed import data
 from nanomed.data import images, ranges
 from nanomed.data.prompts import read_prompts
@@ -576,6 +577,7 @@ def test_a_plus_or_a_star_in_the_name_of_a_folder_is_a_name(tmp_path):
         (tmp_path / name / "1.txt").write_text(name)
         assert data.parts(f"folder:{tmp_path / name}") == [(f"folder:{tmp_path / name}", 1)]
         assert data.load(f"folder:{tmp_path / name}").rows[0].prompts == (name,)
+        assert evaluate.named(f"x=folder:{tmp_path / name}") == {"x": [f"folder:{tmp_path / name}"]}
     both = data.load(f"folder:{tmp_path / 'a*2'}*4+folder:{tmp_path / 'a+b'}").rows
     assert [(row.prompts[0], row.weight, row.part) for row in both] == [("a*2", 4, 0), ("a+b", 1, 1)]
     assert data.parts("folder:a+nothing:b*2") == [("folder:a+nothing:b", 2)]

@@ -23,7 +23,7 @@ from nanomed.data.captioned import with_captions
 from nanomed.data.table import DataError, Row, Table, joined, padded, with_paraphrases
 
 __all__ = [
-    "DataError", "Row", "Table", "load", "only_toy", "padded", "parts", "with_captions", "with_paraphrases"
+    "DataError", "Row", "Table", "load", "only_toy", "padded", "parts", "there", "with_captions", "with_paraphrases"
 ]  # fmt: skip
 
 TOY_IMAGES = 2000
@@ -37,8 +37,8 @@ def parts(spec: str) -> list[tuple[str, int]]:
     """(data set, weight) of each of the sets that a name joins, as in "folder:A*3+clef:B". A path that is there counts
     as it is, whatever is in its name."""
     found = []
-    for one in [spec] if _there(spec) else _NEXT.split(spec):
-        name, times, weight = (one, "", "") if _there(one) else one.rpartition("*")
+    for one in [spec] if there(spec) else _NEXT.split(spec):
+        name, times, weight = (one, "", "") if there(one) else one.rpartition("*")
         if not times:
             found.append((one, 1))
         elif re.fullmatch(r"[1-9][0-9]{0,5}", weight):
@@ -48,7 +48,8 @@ def parts(spec: str) -> list[tuple[str, int]]:
     return found
 
 
-def _there(spec: str) -> bool:
+def there(spec: str) -> bool:
+    """Whether what stands behind the kind is a path that is there."""
     where = spec.partition(":")[2]
     try:
         return bool(where) and Path(where).expanduser().exists()
