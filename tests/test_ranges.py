@@ -235,7 +235,7 @@ def test_a_run_on_dark_images_says_so(tmp_path, capsys):
     folder = deep(tmp_path / "a", 1000)
     words = [*TINY, "--data", f"folder:{folder}", "--out", tmp_path / "runs", "--cache", tmp_path / "cache"]
     assert called(train.main, *words) == 0
-    told = "dark or flat images: 5 of 5 have more than 8 bits and come out in greys from 0 to 4 of 255; --range auto"
+    told = "5 of 5 looked at have more than 8 bits and come out in greys from 0 to 4 of 255; --range auto"
     said = capsys.readouterr().out
     assert told in said or told.replace("to 4", "to 2") in said  # the brightest image may be held out
     lines = [json.loads(line) for line in (runs.newest(tmp_path / "runs") / "log.jsonl").read_text().splitlines()]
