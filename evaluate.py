@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+from nanomed import data
+from nanomed.data import ranges
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
 from nanomed.run.ranks import Ranks
@@ -38,6 +40,7 @@ class Config:
     classifier: str = ""  # what classify starts from: a folder, or tiny; empty: google/vit-base-patch16-224-in21k
     weights: str = ""  # where weights are, besides weights/ and the Hugging Face cache
     cache: Annotated[str, "a folder to write"] = "runs/cache"  # where features are kept
+    range: str = ""  # auto | BITS | LOW:HIGH: black and white of images with more than 8 bits; empty: 0 and 2^16 - 1
     intervals: bool = True  # with intervals and floors: a dozen times the arithmetic, no more passes of a network
     skip_bad: bool = False  # leave damaged images out, counted and named, instead of stopping
     limit: Annotated[int, ">= 0"] = 0  # use the first images of every set only; 0 = all
@@ -59,6 +62,7 @@ def main() -> None:
     if config.compare:
         return compare(config)
     asked = chosen(config)
+    ranges.judge(config.range)
     if config.fake:
         files.expect_own(*(Path(config.out) / name for name in ("results.json", "report.html", "nearest.jsonl")))
     ranks = Ranks.join()
@@ -118,14 +122,15 @@ def find_sets(config: Config):
     if config.paper:
         if not config.real:
             raise UsageError(f"--paper {config.paper}: say the paper's data, such as --real clef:DIR")
-        setup = papers.find(config.paper, config.real, config.cache, config.seed)
+        setup = papers.find(config.paper, config.real, config.cache, config.seed, config.range)
         if not config.fake:
             return write_prompts(setup, config)
     if not config.real or not config.fake:
         raise UsageError("say which images: --real DIR --fake DIR")
     folder = Path(config.fake)
     folder = folder / "test" if (folder / "test" / "manifest.jsonl").is_file() else folder  # a run of train.py
-    fake = imagesets.with_prompts(imagesets.find(str(folder), limit=config.limit), str(folder), config.prompts)
+    fake = imagesets.find(str(folder), limit=config.limit, span=config.range)
+    fake = imagesets.with_prompts(fake, str(folder), config.prompts)
     if setup:
         return measuring.Sets(
             {"real": setup.real}, setup.drawn(fake, config.fake), setup.train, setup.train is not setup.real,
@@ -141,11 +146,11 @@ def find_sets(config: Config):
             if spec == "toy":
                 found[spec] = imagesets.fresh_scenes(len(fake), imagesets.side_of(fake))
             elif spec not in found:
-                found[spec] = imagesets.find(spec, limit=config.limit, cache=config.cache)
+                found[spec] = imagesets.find(spec, limit=config.limit, cache=config.cache, span=config.range)
         parts = [found[spec] for spec in specs]
         reals[name] = parts[0] if len(parts) == 1 else imagesets.union(name, parts)
     if config.train:
-        train = imagesets.find(config.train, limit=config.limit, cache=config.cache)
+        train = imagesets.find(config.train, limit=config.limit, cache=config.cache, span=config.range)
     else:  # fresh scenes were never trained on
         distinct = [images for spec, images in found.items() if spec != "toy"]
         train = imagesets.union("real", distinct) if len(distinct) > 1 else distinct[0] if distinct else None
@@ -172,7 +177,7 @@ def named(spec: str) -> dict[str, list[str]]:
             name = where = item
         if name in sets:
             raise UsageError(f"--real {spec}: two sets are called {name}")
-        sets[name] = [where] if Path(where).is_dir() else where.split("+")
+        sets[name] = [where] if Path(where).is_dir() or data.there(where) else where.split("+")
     return sets
 
 
@@ -185,7 +190,7 @@ def write_prompts(setup, config: Config) -> None:
     print(f"{setup.note}\n{path}: the prompts. Draw them, then measure what was drawn:")
     print(f"python sample.py --prompts {path} --out {fake}{setup.drawing}")
     print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} --fake {fake} "
-          f"--out {config.out}")  # fmt: skip
+          f"--out {config.out}{f' --range {config.range}' if config.range else ''}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the results

@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 
 from nanomed import systems
+from nanomed.data import ranges
 from nanomed.data.prompts import read_prompts
 from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
@@ -36,7 +37,8 @@ class Config:
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     frozen: str = "device"  # where parts that do not train live: device, cpu or share (FSDP2); or PART=PLACE,...
     # ---- data
-    data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR
+    data: str = "toy"  # toy[:N] | clef:DIR | folder:DIR | kvasir:DIR | ham10000:DIR | skin:DIR, or A*3+B
+    range: str = ""  # auto | BITS | LOW:HIGH: greys of more than 8 bits
     size: Annotated[int | None, "1 .. 16384"] = None  # side of the images in pixels; empty: the model's own
     valid: Annotated[float, "0 ..< 1"] = 0.1  # share of the images held out, by image
     augment: bool = True  # random square crops and colour jitter, as the paper; else centre crops
@@ -86,6 +88,7 @@ class Config:
 
 def main() -> int:
     config, before = read_flags()
+    ranges.judge(config.range)
     ranks = Ranks.join()
     if ranks.device.type == "cpu":
         keep_memory()
@@ -101,7 +104,7 @@ def main() -> int:
         return 0
 
     stop = signals.StopSignal()
-    split = read_data(config, system)
+    split = read_data(config, before, system, ranks)
     rows = reversed(split[0].rows + split[1].rows)  # so that the first image of a text is the one that is named
     told = {text: str(row.file) for row in rows for text in row.prompts + row.paraphrases}
     long, pieces = system.judge_lengths(told, config.long_prompts, config.data)
@@ -111,6 +114,9 @@ def main() -> int:
     run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}\nits page: {run.folder / page.NAME}")
     page.keep(run)
     run.say("\n".join(long))
+    if told := ranges.told(split[0], config.range) if ranks.first else "":
+        run.say(told)
+        run.log(**dict(zip(("stage", "step"), run.position())), note=told)
     for stage in dict.fromkeys([*run.state.get("below", ()), *run.state["stages"]]):
         system.resume(stage, run.folder / "model")
     for part in system.parts:
@@ -194,12 +200,17 @@ def starts(config: Config) -> bool:
     return bool(config.lora) and "rank" not in config.given
 
 
-def read_data(config: Config, system):
-    """(training, held out): two tables of rows. The toy world is drawn where it is asked for and not there yet."""
+def read_data(config: Config, before: dict, system, ranks: Ranks):
+    """(training, held out): two tables of rows. The toy world is drawn where it is asked for and not there yet. What
+    --range auto decides is kept with the settings of the run, and holds when it goes on."""
     from nanomed import data
     from nanomed.data.prompts import read_prompts
 
     table = data.load(config.data, Path(config.cache), system.size)
+    same = {name: before.get(name) for name in ("data", "range")} == {"data": config.data, "range": config.range}
+    decided = before["ranges"] if same else ranges.of_table(table, config.range) if ranks.first else []
+    config.decided = ranks.agree(decided)
+    table = ranges.ranged(table, config.decided)
     if system.pad:
         table = data.padded(table)
     if config.captions:
@@ -209,7 +220,7 @@ def read_data(config: Config, system):
     table = system.adopt(table)
     for path in filter(None, (config.grid_prompts, config.test_prompts)):  # said now rather than after hours
         system.check_prompts(read_prompts(path, system.columns))
-    return table.split(config.valid, config.seed, by_label=bool(table.rows[0].label))
+    return table.split(config.valid, config.seed, by_label=None)
 
 
 def open_run(config: Config, before: dict, system, split, ranks: Ranks) -> Run:
@@ -218,7 +229,7 @@ def open_run(config: Config, before: dict, system, split, ranks: Ranks) -> Run:
 
     contents = ranks.agree([table.digest for table in split] if ranks.first else [])
     given = [name for name in config.given if name not in runs.PASSING]
-    settings = asdict(config) | {"world": ranks.world, "given": given, "contents": contents}
+    settings = asdict(config) | {"world": ranks.world, "given": given, "contents": contents, "ranges": config.decided}
     if not before:
         started = [config.stage] if config.stage else system.stages
         trained = [part for stage in started for part in system.stages[stage]]
@@ -374,6 +385,7 @@ def learning_rate(config: Config, step: int, last: int) -> float:
 def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     """Draw the prompts of `config.test_prompts` as sample.py does, from what was saved, and measure them as evaluate.py
     does."""
+    from nanomed import data
     from nanomed.drawing import Drawing, draw
     from nanomed.evaluation import final, measuring
 
@@ -386,11 +398,12 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
     if not run.ranks.first:
         return {}
     settings = measuring.Settings(weights=config.weights, cache=config.cache)
-    toy_world = config.data.startswith("toy")
+    toy_world = data.only_toy(config.data)
     if not split[1].rows and not toy_world:
         run.say(f"{out} is not measured: no real images were held out to compare with")
         return {}
-    results, said = final.measure(out, [row.file for row in split[1].rows], toy_world, settings)
+    real, spans = [row.file for row in split[1].rows], [row.range for row in split[1].rows]
+    results, said = final.measure(out, real, toy_world, settings, spans)
     print(said)
     return results
 

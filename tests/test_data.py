@@ -6,13 +6,16 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 from nanomed import data
-from nanomed.data import images
+from nanomed.data import images, ranges
 from nanomed.data.prompts import read_prompts
 from nanomed.data.table import DataError, Row, Table, read_csv, with_paraphrases
+from nanomed.evaluation import imagesets
 from nanomed.run.ranks import Ranks
 from nanomed.training.batches import Batches, Samples
 
@@ -245,7 +248,11 @@ def test_the_papers_three_uses_of_paraphrases(tmp_path):
     (b"prompt,id\nx,1,2\n", r"p\.csv:2: 3 fields where the header has 2"),
     (b"prompt\nx\0y\n", "zero bytes"),
     (b"prompt\n\xff\xfe\n", r"p\.csv:2: not UTF-8"),
-    ("prompt\nx\n".encode("utf-16"), "UTF-8"),
+    ("prompt\nx\n".encode("utf-16-le"), "zero bytes"),  # without a mark
+    ("prompt\nx\n".encode("utf-32"), "zero bytes"),
+    (b"\xff\xfep\0r", "damaged"),
+    ("prompt\nx\n".encode("utf-16")[:-1], "damaged"),
+    (b"\xef\xbb\xbfprompt\n" + 4 * "\u00e9".encode() + b"\n\xe9a\n", r"p\.csv:3: not UTF-8; save"),  # it says UTF-8
     (b"prompt,prompt\nx,y\n", "occurs twice"),
     (b'prompt,id\na,1\n"two\nlines",2\n"never closed,3\n' + b"x,4\n" * 50, r"p\.csv:5: .*quotes"),
     (b'prompt,id\n"a"b,1\n', r"p\.csv:2: .*quotes"),
@@ -278,6 +285,86 @@ def test_delimiters_marks_and_column_names_are_recognised(tmp_path, content):
     path = tmp_path / "p.csv"
     path.write_text(content, encoding="utf-8", newline="")
     assert read_prompts(path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "code, delimiter", [("utf-16", "\t"), ("utf-16-be", "\t"), ("cp1252", ";"), ("cp1252", ","), ("utf-8-sig", ",")]
+)
+def test_excels_own_files_are_read_wherever_a_table_is(tmp_path, code, delimiter):
+    """As metadata, captions, prompts and paraphrases: the words that were typed, whatever Excel made of them."""
+    said, other = "Bürste über dem Café", "Größe, 5 µm"
+    image, mark = picture(tmp_path / "a.png"), "\ufeff" if code == "utf-16-be" else ""
+
+    def write(name, *rows):
+        text = mark + "".join(delimiter.join(f'"{cell}"' for cell in row) + "\r\n" for row in rows)
+        (tmp_path / name).write_bytes(text.encode(code))
+        return tmp_path / name
+
+    write("metadata.csv", ("file_name", "text"), ("a.png", said))
+    table = data.load(f"folder:{tmp_path}")
+    assert table.rows[0].prompts == (said,) and table.rows[0].file == image
+    captions = write("c.csv", ("file_name", "text"), ("a.png", other))
+    assert data.with_captions(table, str(captions)).rows[0].prompts == (other,)
+    paraphrases = write("p.csv", ("Prompt", "Paraphrase"), (said, other))
+    assert with_paraphrases(table, paraphrases, "all").rows[0].paraphrases == (other,)
+    assert read_prompts(paraphrases) == [said]
+
+
+WEST = [  # as people write, in the letters of Windows
+    "Flächige Läsion, Größe 5 mm, Ménière, 37 °C",
+    "Un polype sessile à la paroi, très érythémateux",
+    "L’image d’une lésion « plane » – côté gauche, sévère… où l’œdème est bénin",
+    "Pólipo sésil de 5 mm en el ángulo, pequeña lesión",
+    "Lesão plana na mucosa do cólon, não sangrante",
+    "Un polipo più piccolo, così com’è, di qualità",
+    "Små røde sår på slimhinden, æble",
+    "En liten förändring på höger sida, blå",
+    "Een geïnfecteerde laesie, reünie",
+    "a patient’s polyp – 5 µm, 20 € “as seen”",
+]
+
+
+@pytest.mark.parametrize("text", WEST)
+def test_windows_letters_of_western_languages_are_read(tmp_path, text):
+    path = tmp_path / "p.csv"
+    path.write_bytes(f"prompt;id\r\n{text};1\r\n".encode("cp1252"))
+    assert read_prompts(path) == [text]
+
+
+@pytest.mark.parametrize("code, text, told", [
+    ("cp1252", "Une lésion à côté, très petite", None),
+    ("cp1252", "très", "byte 0xe8 could mean è or č"),  # alone it could be Croatian
+    ("cp1252", "5 mm³, 2 cm² ± 3 m³, nódulo", None),
+    ("cp1250", "mały polip", ""),
+    ("cp1250", "był", "byte 0xb3 could mean ³ or ł"),
+    ("cp1252", "não, câncer", "byte 0xe3 could mean ã or ă"),
+    ("cp1250", "Malý polyp, část střeva", ""),
+    ("cp1250", "Polip w części okrężnicy, mały", ""),
+    ("cp1250", "A vastagbél középső része", ""),
+    ("cp1250", "Leziune în colonul transvers, mică", ""),
+    ("cp1251", "полип толстой кишки", ""),
+    ("cp1253", "πολύποδας του εντέρου", ""),
+    ("cp1254", "kalın bağırsakta şişlik", ""),
+    ("cp1257", "gļotādā ir balta viena", "could mean ï or ļ"),
+    ("cp1257", "ėda", "could mean ë or ė"),
+    ("cp1257", "storosios žarnos polipas, mažas", ""),
+    ("mac_roman", "une lésion bénigne", ""),
+    ("mac_roman", "große Läsion", ""),
+    ("mac_roman", "côté", ""),
+    ("cp850", "une lésion bénigne", ""),
+    ("cp850", "Größe", ""),
+    ("shift_jis", "内視鏡 polyp", ""),
+    ("gbk", "内窥镜图像 polyp", ""),
+])  # fmt: skip
+def test_other_letters_are_refused_with_their_line_and_never_misread(tmp_path, code, text, told):
+    path = tmp_path / "p.csv"
+    path.write_bytes(f"prompt;id\r\nplain;0\r\n{text};1\r\n".encode(code))
+    if told is None:
+        assert read_prompts(path) == ["plain", text]
+        return
+    with pytest.raises(DataError, match=rf"p\.csv:3: not UTF-8.*{told}.*save the file as UTF-8") as error:
+        read_prompts(path)
+    assert "\n" not in str(error.value)
 
 
 def test_prompts_keep_commas_repetitions_and_emptiness(tmp_path):
@@ -410,3 +497,111 @@ def test_places_come_first_for_as_many_steps_as_asked(toy_rows):
         assert all(named[1]) and all(named[2]) and sum(named[0]) < 16
         plain = Batches(toy_rows, Samples(32, 3), 32, Ranks(rank, 2))
         assert plain[2]["prompt"] == early[2]["prompt"]
+
+
+# ---------------------------------------------------------------------------------------------- several sets as one
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Class folders, and skin lesions of which several images show one."""
+    for name in ("polyps", "mel"):
+        for i in range(10):
+            picture(tmp_path / "classes" / name / f"{i}.png", (i, 0, 0))
+    lines = ["lesion_id,image_id,dx"]
+    for i in range(30):
+        picture(tmp_path / "ham" / f"{i}.png", (0, i, 0))
+        lines.append(f"L{i // 3},{i},{'mel' if i < 15 else 'nv'}")
+    (tmp_path / "ham" / "HAM10000_metadata.csv").write_text("\n".join(lines))
+    return f"kvasir:{tmp_path / 'classes'}", f"ham10000:{tmp_path / 'ham'}"
+
+
+@pytest.mark.parametrize("by_label", [False, None])
+def test_several_sets_are_one_and_each_is_split_as_it_would_be_alone(two, by_label):
+    tables = [data.load(spec) for spec in two]
+    table = data.load("+".join(two))
+    assert table.name == "kvasir+ham10000" and len(table.rows) == 50
+    assert [row.file for row in table.rows] == [row.file for one in tables for row in one.rows]
+    assert {row.label for row in table.rows} == {"polyps", "mel", "nv"}  # of both sets there is one mel
+    for seed in range(3):
+        train, valid = table.split(0.2, seed, by_label)
+        alone = [one.split(0.2, seed, by_label) for one in tables]
+        assert [row.file for row in valid.rows] == [row.file for _, half in alone for row in half.rows]
+        assert [row.file for row in train.rows] == [row.file for half, _ in alone for row in half.rows]
+
+
+def test_groups_of_one_name_in_two_sets_stay_two(tmp_path):
+    for name in "ab":
+        lines = ["lesion_id,image_id,dx"]
+        for i in range(3):
+            picture(tmp_path / name / f"{i}.png")
+            lines.append(f"L{i},{i},mel")
+        (tmp_path / name / "metadata.csv").write_text("\n".join(lines))
+    rows = data.load(f"ham10000:{tmp_path / 'a'}+ham10000:{tmp_path / 'b'}").rows
+    assert len({row.group for row in rows}) == 6
+    with pytest.raises(DataError, match=r"a/0\.png: is in two of the data sets ham10000 and ham10000"):
+        data.load(f"ham10000:{tmp_path / 'a'}+ham10000:{tmp_path / 'b' / '..' / 'a'}")
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_weight_repeats_a_sets_samples_in_every_epoch_and_none_that_is_held_out(two, pairs):
+    table = data.load(f"{two[0]}*3+{two[1]}")
+    train, valid = table.split(0.2, 1, None)
+    assert len(train.rows) == 40 and {row.weight for row in valid.rows} == {1}
+    batches = Batches(train.rows, Samples(8, 0, pairs=pairs, augment=False), 8)
+    assert len(batches.items) == 16 * 3 + 24
+    for epoch in range(2):
+        drawn = [train.rows[batches.items[i][0]].file.parent.name for i in batches._order(epoch)]
+        assert drawn.count("ham") == 24 and drawn.count("mel") == drawn.count("polyps") == 24
+    batches.close()
+    assert len(Batches(data.load(f"{two[0]}*2").rows, Samples(8, 0), 8).items) == 40  # one set has a weight, too
+
+
+def test_the_digest_depends_on_every_set_and_weight(two):
+    specs = [two[0], two[1], "+".join(two), "+".join(reversed(two)), f"{two[0]}*2+{two[1]}", f"{two[0]}+{two[1]}*2",
+             f"{two[0]}*3+{two[1]}"]  # fmt: skip
+    assert len({data.load(spec).digest for spec in specs}) == len(specs)
+    assert data.load(f"{two[0]}*1").digest == data.load(two[0]).digest
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1.5", "x", "", "01", "9999999", "\u0663", "nan"])
+def test_any_other_weight_is_refused_in_one_line(two, weight):
+    with pytest.raises(DataError, match="is no whole number from 1 to 999999") as error:
+        data.load(f"{two[0]}*{weight}+{two[1]}")
+    assert "\n" not in str(error.value) and f"the weight {weight!r} of {two[0]}" in str(error.value)
+
+
+def test_a_plus_or_a_star_in_the_name_of_a_folder_is_a_name(tmp_path):
+    for name in ("a+clef:b", "a*2", "a+b"):
+        picture(tmp_path / name / "1.png")
+        (tmp_path / name / "1.txt").write_text(name)
+        assert data.parts(f"folder:{tmp_path / name}") == [(f"folder:{tmp_path / name}", 1)]
+        assert data.load(f"folder:{tmp_path / name}").rows[0].prompts == (name,)
+        assert evaluate.named(f"x=folder:{tmp_path / name}") == {"x": [f"folder:{tmp_path / name}"]}
+    both = data.load(f"folder:{tmp_path / 'a*2'}*4+folder:{tmp_path / 'a+b'}").rows
+    assert [(row.prompts[0], row.weight, row.part) for row in both] == [("a*2", 4, 0), ("a+b", 1, 1)]
+    assert data.parts("folder:a+nothing:b*2") == [("folder:a+nothing:b", 2)]
+    assert data.parts("toy:5*2+toy+folder:x") == [("toy:5", 2), ("toy", 1), ("folder:x", 1)]
+    assert data.only_toy("toy:5*2") and not data.only_toy("toy+folder:x")
+
+
+def test_ranges_of_several_sets_are_their_own(tmp_path):
+    """10 bits beside 12 and beside 8."""
+    for name, top in (("a", 1000), ("b", 4000), ("c", None)):
+        folder = tmp_path / name
+        picture(folder / "1.png")
+        if top:
+            Image.fromarray(np.full((8, 8), top, np.uint16)).save(folder / "1.png")
+        (folder / "1.txt").write_text(name)
+    table = data.load("+".join(f"folder:{tmp_path / name}" for name in "abc"))
+    assert ranges.of_table(table, "auto") == ["10", "12", ""]
+    assert [row.range for row in ranges.ranged(table, ["10", "12", ""]).rows] == ["10", "12", ""]
+
+
+def test_evaluation_takes_the_same_names_and_refuses_weights(two):
+    """As --real A+B does: the images of one behind those of the other."""
+    joined = imagesets.find("+".join(two))
+    apart = imagesets.union("both", [imagesets.find(spec) for spec in two])
+    assert joined.sources == apart.sources and joined.labels == apart.labels and joined.hashes == apart.hashes
+    with pytest.raises(DataError, match=r"the weight of kvasir:.*\*3 is for training"):
+        imagesets.find(f"{two[0]}*3+{two[1]}")

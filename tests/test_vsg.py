@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -305,3 +306,26 @@ def test_simplify_shortens_what_is_too_long_and_only_that(tmp_path, monkeypatch,
     rows = list(csv.DictReader(open(tmp_path / "c.simplified.csv", newline="")))
     assert rows[0] == {"file_name": "a.png", "text": "a red polyp", "note": "x, y"}
     assert rows[1]["text"] != long and tokenizer.lengths([rows[1]["text"]])[0] <= 17
+
+
+def test_the_captioner_sees_images_by_their_range(tmp_path):
+    """12 bits in files of 16, in class folders and in a table: with --range auto white is white."""
+    place = tmp_path / "data" / "polyps"
+    place.mkdir(parents=True)
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(place / "a.png")
+    seen = []
+
+    class Looking(Canned):
+        def generate(self, images, texts, keys, **how):
+            seen.append([np.asarray(image).max() for image in images])
+            return super().generate(images, texts, keys, **how)
+
+    def ask(span):
+        pictures = vsg.pictures(f"folder:{tmp_path / 'data'}", span=span)
+        list(vsg.caption(Looking({}), pictures, "endoscopy", lambda *a: rules(), 1, 0))
+
+    ask("")
+    ask("auto")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\npolyps/a.png,x\n")
+    ask("auto")
+    assert seen == [[16], [255], [255]]

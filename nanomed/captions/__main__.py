@@ -23,6 +23,7 @@ from nanomed.captions import paraphrase as rules
 from nanomed.captions import rewording, vsg
 from nanomed.captions.journal import Journal
 from nanomed.captions.networks import t5
+from nanomed.data import ranges
 from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
@@ -47,6 +48,7 @@ class Vsg:
     modality: str = "endoscopy"  # endoscopy, skin, xray, fundus or microscopy
     simplifier: str = ""  # T5 that shortens what is too long: t5-large (the paper's), a folder; empty: ask again
     tokenizer: str = ""  # folder of T5's tokenizer that counts; empty: the simplifier's, PixArt's or t5-small's
+    range: str = ""  # auto | BITS | LOW:HIGH: black and white of images with more than 8 bits, as of train.py
     count: Annotated[str, "t5 | captioner"] = "t5"  # whose tokens; the released code counts the captioner's
     limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # tokens that a caption may have
     attempts: Annotated[int, "1 .. 10000"] = 10  # answers drawn for an image at most
@@ -120,7 +122,8 @@ def write_captions(words: list[str]) -> int:
     vsg.question(config.modality, "")
     checked(config)
     ranks = Ranks.join()
-    pictures = vsg.pictures(spec)
+    ranges.judge(config.range)
+    pictures = vsg.pictures(spec, span=config.range)
     if config.dry_run:
         from nanomed.captions import sizes
 
@@ -143,6 +146,7 @@ def write_captions(words: list[str]) -> int:
     settings = dict(data=spec, model=config.model, modality=config.modality, simplifier=config.simplifier,
                     count=config.count, limit=config.limit, attempts=config.attempts, precision=config.precision,
                     int8=config.int8, seed=config.seed)  # fmt: skip
+    settings |= {"range": config.range} if config.range else {}
     journal = vsg.Journal(config.out, settings)
 
     def judged(opening: str, features: str) -> vsg.Rules:

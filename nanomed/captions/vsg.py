@@ -29,8 +29,9 @@ from PIL import Image
 
 from nanomed import data
 from nanomed.captions import journal
+from nanomed.data import ranges
 from nanomed.data.images import listing, open_rgb
-from nanomed.data.table import DataError
+from nanomed.data.table import DataError, Row, Table
 from nanomed.run import files
 from nanomed.run.flags import UsageError
 
@@ -78,6 +79,7 @@ class Picture:
     name: str  # relative to the data folder: the CSV's `file_name`
     path: Path
     category: str  # "" where nothing says it
+    range: str = ""  # which of its values are black and white (data/ranges.py)
 
 
 @dataclass
@@ -146,21 +148,26 @@ def flags(text: str, category: str) -> list[str]:
     return found
 
 
-def pictures(spec: str, cache: str | Path = "runs/cache") -> list[Picture]:
-    """The images of a data set; of `folder:DIR` all that are in it, whether they have captions or not. The category is
-    the class folder, or what the data set says."""
-    kind, _, where = spec.partition(":")
+def pictures(spec: str, cache: str | Path = "runs/cache", span: str = "") -> list[Picture]:
+    """The images of a data set, read by the --range `span`; of `folder:DIR` all that are in it, whether they have
+    captions or not. The category is the class folder, or what the data set says."""
+    sets = data.parts(spec)
+    kind, _, where = sets[0][0].partition(":") if len(sets) == 1 else ("", "", "")
     if kind == "folder" and where and not any(Path(where, name).is_file() for name in METADATA):
         root = Path(where).expanduser()
         if not root.is_dir():
             raise DataError(f"{root}: no such folder")
-        found = [(path, "" if path.parent == root else path.parent.name) for path in listing(root, "**/*")]
+        files = listing(root, "**/*")
+        labels = ["" if path.parent == root else path.parent.name for path in files]
+        table = Table("folder", tuple(Row(path, label=label) for path, label in zip(files, labels)))
     else:
-        found = [(row.file, row.label) for row in data.load(spec, cache).rows]
-        root = Path(os.path.commonpath([path.parent for path, _ in found])) if found else Path()
-    if not found:
+        table = data.load(spec, cache)
+        root = Path(os.path.commonpath([row.file.parent for row in table.rows])) if table.rows else Path()
+    if not table.rows:
         raise DataError(f"{spec}: no images")
-    return [Picture(path.relative_to(root).as_posix(), path, re.sub("[-_]+", " ", label)) for path, label in found]
+    table = ranges.ranged(table, ranges.of_table(table, span))
+    return [Picture(row.file.relative_to(root).as_posix(), row.file, re.sub("[-_]+", " ", row.label), row.range)
+            for row in table.rows]  # fmt: skip
 
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -172,7 +179,7 @@ def caption(
     """Results of a few pictures, asked together; those that are refused are asked again together."""
     asked = {p.name: question(modality, p.category) for p in batch}
     results = {p.name: Result(p.name, p.category) for p in batch}
-    images: dict[str, Image.Image] = {p.name: open_rgb(p.path) for p in batch}
+    images: dict[str, Image.Image] = {p.name: open_rgb(p.path, p.range) for p in batch}
     waiting = list(batch)
     for attempt in range(1, attempts + 1):
         prompts = [model.ask(asked[p.name][0]) for p in waiting]

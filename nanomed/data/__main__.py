@@ -10,6 +10,7 @@ from typing import Annotated
 
 from tqdm import tqdm
 
+from nanomed.data import ranges
 from nanomed.data.check import check, counter
 from nanomed.run import flags
 
@@ -21,6 +22,7 @@ class Config:
     valid: str = ""  # another set that must share no image with it
     tokens: Annotated[int, "1 .. 10^6"] = 77  # tokens a caption may have: MSDM 64, CLIP 77, T5 120
     vocab: str = ""  # folder of the tokenizer to count with; else they are estimated
+    range: str = ""  # auto | BITS | LOW:HIGH: black and white of images with more than 8 bits; empty: 0 and 2^16 - 1
     all: bool = False  # name every place, not the first of each kind
 
 
@@ -28,11 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = flags.parse(Config, arguments, description=__doc__, words=("verb", "path"))
     if not words.path.strip():
         raise flags.UsageError("path: say a folder, or a data set such as clef:DIR")
+    ranges.judge(words.range)
     count = counter(words.vocab) if words.vocab else None
     bar = lambda items, total: tqdm(items, total=total, unit="image", leave=False, disable=None)  # noqa: E731
-    table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, progress=bar)
+    table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, progress=bar, span=words.range)
     prompts = [prompt for row in table.rows for prompt in row.prompts]
     print(f"{len(table.rows):,} images, {len(prompts):,} prompts, {len(set(prompts)):,} of them distinct")
+    if words.range:
+        print(ranges.told(table, words.range))
     groups = defaultdict(list)
     for finding in findings:
         groups[not finding.serious, finding.what].append(_plain(finding.where))

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from nanomed.data import load
-from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb
+from nanomed.data import dicom, load, parts, ranges
+from nanomed.data.images import FORMATS, SUFFIXES, is_dicom, listing, open_rgb
 from nanomed.data.table import DataError, Row, Table, column, pixel_hash, read_csv
 
 MARKERS = (  # which file says what kind of data set a bare folder is
@@ -27,7 +27,7 @@ MARKERS = (  # which file says what kind of data set a bare folder is
 )
 ORIENTATION = 274  # the EXIF tag
 SMALL_SIDE, LARGE_SIDE = 64, 4096
-UNREAD = (".gif", ".dcm", ".nii", ".heic", ".avif", ".jp2")  # images to people, but no format that is read here
+UNREAD = (".gif", ".nii", ".heic", ".avif", ".jp2")  # images to people, but no format that is read here
 
 Count = Callable[[list[str]], list[int]]  # prompts to the tokens that each needs
 
@@ -80,20 +80,29 @@ def check(
     tokens: int = 77,
     count: Count | None = None,
     progress: Callable[..., Iterable] | None = None,
+    span: str = "",
 ) -> tuple[Table, list[Finding]]:
     """The table of a data set and what is wrong with it; with `valid`, also images that both sets hold.
 
     tokens    captions may have this many. `count` (see `counter`) counts them; without it they are estimated
     progress  wraps the images as they are decoded, as tqdm does
+    span      the --range that deep images are read by
 
     Raises DataError where there is no such data set; whatever is wrong inside is a finding.
     """
     findings: list[Finding] = []
     tables = [_read(recognise(each), cache, findings) for each in (path, valid) if each]
-    files = list(dict.fromkeys(row.file for table in tables for row in table.rows))
+    spans = []
+    for table in tables:  # values that a number of bits does not hold are findings
+        sets = 1 + max((row.part for row in table.rows), default=0)
+        spans.append(ranges.of_table(table, span) if span == "auto" else [span] * sets)
+    if len({len(each) for each in spans}) == 1:  # both as the first, so that an image in both is known
+        spans = [spans[0]] * len(tables)
+    tables = [ranges.ranged(table, each) for table, each in zip(tables, spans)]
+    files = {row.file: row.range for table in tables for row in table.rows}
     hashes: dict[Path, str] = {}
     with ThreadPoolExecutor(4) as pool:
-        examined = pool.map(examine, files)
+        examined = pool.map(examine, files, files.values())
         for file, (digest, found) in zip(files, progress(examined, total=len(files)) if progress else examined):
             findings += found
             if digest:
@@ -111,8 +120,7 @@ def _read(spec: str, cache: str | Path, findings: list[Finding]) -> Table:
     try:
         table = load(spec, cache, problems=problems)
     except DataError as error:
-        where = spec.partition(":")[2]
-        if not where or not Path(where).expanduser().exists():
+        if len(parts(spec)) > 1 or not Path(spec.partition(":")[2] or "/nowhere/").expanduser().exists():
             raise
         table = Table(spec, ())
         problems.append(error)
@@ -124,17 +132,22 @@ def _name(file: Path) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
-def examine(file: Path) -> tuple[str, list[Finding]]:
-    """The hash of an image's pixels ("" where they cannot be had), and what is odd about the file."""
+def examine(file: Path, span: str = "") -> tuple[str, list[Finding]]:
+    """The hash of an image's pixels ("" where they cannot be had), and what is odd about the file, read by `span`."""
     name, found = _name(file), []
     try:
-        pixels = np.asarray(open_rgb(file))
+        pixels = np.asarray(open_rgb(file, span))
+        if is_dicom(file):
+            return pixel_hash(pixels), _about_dicom(file) + _about_pixels(name, pixels)
         with Image.open(file, formats=FORMATS) as image:
-            mode, frames = image.mode, getattr(image, "n_frames", 1)
+            mode, deep = image.mode, ";16" in str(image.tile)  # as the decoder is told, before it reads
+            frames = getattr(image, "n_frames", 1)
             turned = image.getexif().get(ORIENTATION, 1) != 1
             if mode.startswith(("I", "F")):
-                what = "more than 8 bits (scaled here, clipped elsewhere)"
-                found.append(Finding(what, f"{name}: {mode}, {_range(image)}"))
+                what = f"more than 8 bits ({f'read by --range {span}' if span else 'scaled here'}, clipped elsewhere)"
+                found.append(Finding(what, f"{name}: {mode}, {_range(image, span)}", serious=not span))
+            elif deep:
+                found.append(Finding("16 bits a colour, of which the upper 8 are read", name, serious=False))
             elif mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 least = image.convert("RGBA").getchannel("A").getextrema()[0]
                 hidden = f"transparent down to {least} of 255, black there" if least < 255 else "opaque"
@@ -145,26 +158,40 @@ def examine(file: Path) -> tuple[str, list[Finding]]:
         return "", [Finding("cannot be read", str(error))]
     except Exception as error:  # what a decoder makes of damage in later frames or in what it tells of the image
         return "", [Finding("cannot be read", f"{file}: damaged image ({error}); get the file again")]
-    height, width = pixels.shape[:2]
     if turned:
         found.append(Finding("turned by its EXIF tag (obeyed here, not everywhere)", name, serious=False))
     if frames > 1:
         found.append(Finding("an animation (its first frame is used)", f"{name}: {frames} frames", serious=False))
+    return pixel_hash(pixels), found + _about_pixels(name, pixels)
+
+
+def _about_dicom(file: Path) -> list[Finding]:
+    said, found = dicom.header(file), []
+    if said.burnt_in:
+        found.append(Finding("says that a name may be burnt into its pixels", _name(file)))
+    if said.grey and not said.windowed and said.bits > 8:
+        what = f"{_name(file)}: {said.bits} bits"
+        found.append(Finding("no window in it, so all of its range is shown", what, serious=False))
+    return found
+
+
+def _about_pixels(name: str, pixels: np.ndarray) -> list[Finding]:
+    found, (height, width) = [], pixels.shape[:2]
     if min(width, height) < SMALL_SIDE:
         found.append(Finding("tiny", f"{name}: {width} x {height}", serious=False))
     if max(width, height) > LARGE_SIDE:
         found.append(Finding("huge, so slow to decode", f"{name}: {width} x {height}", serious=False))
     if (pixels == pixels[0, 0]).all():
         found.append(Finding("one color all over", f"{name}: {tuple(pixels[0, 0].tolist())}"))
-    return pixel_hash(pixels), found
+    return found
 
 
-def _range(image: Image.Image) -> str:
-    """The values of a deep image, and a warning where 12 bits or so in a file of 16 come out nearly black."""
+def _range(image: Image.Image, span: str) -> str:
+    """The values of a deep image, and a warning where 14 bits or fewer in a file of 16 come out nearly black."""
     values = np.asarray(image)
     low, high = np.nanmin(values), np.nanmax(values)
-    dark = image.mode != "F" and 255 < high < 65536 / 8
-    return f"{low:g} to {high:g}" + (" of 65535: nearly black, stretch it first" if dark else "")
+    dark = not span and image.mode != "F" and 255 < high < 65536 / 4
+    return f"{low:g} to {high:g}" + (" of 65535: nearly black, say --range auto" if dark else "")
 
 
 def _twins(table: Table, hashes: dict[Path, str]) -> list[Finding]:
@@ -237,9 +264,9 @@ def _names(files: list[Path]) -> list[Finding]:
 def _orphans(specs: list[str], files: list[Path]) -> list[Finding]:
     """Images that lie where the others do and that no row names."""
     named, folders = set(files), {file.parent for file in files}
-    for spec in specs:
-        if not spec.startswith("toy"):
-            root = Path(spec.partition(":")[2]).expanduser()
+    for one in (one for spec in specs for one, _ in parts(spec)):
+        if not one.startswith("toy"):
+            root = Path(one.partition(":")[2]).expanduser()
             root = root.parent if root.is_file() else root
             folders |= {root, root / "images"}
     findings = []

@@ -1,28 +1,38 @@
 """Image files to pixels: one policy for every mode, and the papers' transforms.
 
 orientation    EXIF is obeyed
-16 bit         divided by 257 (all of 0 .. 65535 to 0 .. 255), never clipped
+16 bit         divided by 257 (all of 0 .. 65535 to 0 .. 255), never clipped; of colours Pillow keeps the upper 8 bits
 32-bit integer up to 255: as it is; up to 65535: divided by 257; else its own range is stretched to 0 .. 255
 float          in [0, 1]: times 255; else its own range is stretched to 0 .. 255. NaN becomes black
 alpha          composited over black, palettes and colour keys with transparency too
 CMYK, YCbCr, LAB and grey: converted to RGB; embedded colour profiles are not applied, as in the papers' code
 animations     the first frame
+DICOM          as dicom.py says, where pydicom is installed
 damage         an error that names the file: a half-read image is never handed on
+
+With a range (`--range`, ranges.py) whole numbers of more than 8 bits and floats are scaled by it instead, all files of
+a data set alike. 8-bit files stay as they are.
 """
 
+import math
+import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from nanomed.data import dicom
 from nanomed.data.table import DataError, report
+from nanomed.run.flags import UsageError
 
+T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", dicom.SUFFIX)
 MAX_PIXELS = 64_000_000
 
 
@@ -65,8 +75,72 @@ def listing(folder: Path, pattern: str, problems: list[DataError] | None = None)
     return found
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """A decoded 8-bit RGB image; DataError, naming the file, where it cannot be had whole."""
+def open_rgb(path: str | Path, span: str = "") -> Image.Image:
+    """A decoded 8-bit RGB image; DataError, naming the file, where it cannot be had whole.
+
+    span   what `limits` reads: the values of deep images that are black and white; "": the policy of this file
+    """
+    if is_dicom(path):
+        return _of_dicom(Path(path), span)
+    return _opened(path, lambda image: to_rgb(ImageOps.exif_transpose(image), span, Path(path)))
+
+
+def extremes(path: str | Path) -> tuple[float, float, bool] | None:
+    """(the least value, the most, whether they are floats) of an image with more than 8 bits, as the file has them;
+    None of one with 8, and of one without any number."""
+
+    def make(image: Image.Image) -> tuple[float, float, bool] | None:
+        values = np.asarray(image)
+        known = values[np.isfinite(values)] if image.mode == "F" else values
+        return (float(known.min()), float(known.max()), image.mode == "F") if _is_deep(image) and known.size else None
+
+    if is_dicom(path):
+        values = dicom.read(Path(path), MAX_PIXELS).values
+        known = values[np.isfinite(values)]
+        return (float(known.min()), float(known.max()), False) if known.size else None
+    return _opened(path, make)
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file is DICOM, by its name."""
+    return Path(path).suffix.lower() == dicom.SUFFIX
+
+
+def is_deep(path: Path, span: str = "") -> bool:
+    """Whether a file has more than 8 bits, by its header alone; False where that cannot be read. Of DICOM files those
+    that say themselves what to show have not, unless `span` is a window that takes the place of theirs."""
+    if is_dicom(path):
+        try:
+            said = dicom.header(path)
+        except DataError:
+            return False
+        return said.grey and (":" in span or (said.bits > 8 and not said.windowed))
+    if path.suffix.lower() not in (".png", ".tif", ".tiff"):
+        return False
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _is_deep(image)
+    except Exception:  # damage is named where the image is decoded
+        return False
+
+
+def _of_dicom(path: Path, span: str) -> Image.Image:
+    picture = dicom.read(path, MAX_PIXELS)
+    if picture.greys is None:
+        return Image.fromarray(picture.values)
+    greys = picture.greys
+    if span and is_deep(path, span):
+        greys = scaled(picture.values, span, path)
+    greys = np.clip(greys, 0, 255)
+    return _grey(255 - greys if picture.inverted else greys)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
+def _opened(path: str | Path, make: Callable[[Image.Image], T]) -> T:
+    """What is made of an image that was read whole; else a DataError."""
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -75,7 +149,7 @@ def open_rgb(path: str | Path) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return make(image)
     except DataError:
         raise
     except FileNotFoundError:
@@ -88,8 +162,10 @@ def open_rgb(path: str | Path) -> Image.Image:
         raise DataError(f"{path}: damaged image ({error}); get the file again") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, by the policy at the top of this file."""
+def to_rgb(image: Image.Image, span: str = "", path: Path = Path()) -> Image.Image:
+    """Any mode to RGB, by the policy at the top of this file, or deep ones by a range; `path` is for messages."""
+    if span and _is_deep(image):
+        return _grey(scaled(np.asarray(image).astype(np.float64), span, path))
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
@@ -112,6 +188,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _grey(values: np.ndarray) -> Image.Image:
     grey = np.clip(np.nan_to_num(values, nan=-1.0) + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------------------- ranges
+
+
+def limits(span: str) -> tuple[float, float]:
+    """(what becomes black, what becomes white) of a range: BITS, 0 and 2^BITS - 1, or LOW:HIGH; else a UsageError."""
+    if re.fullmatch(r"[0-9]{1,2}", span) and 8 <= int(span) <= 32:
+        return 0.0, float(2 ** int(span) - 1)
+    if match := re.fullmatch(r"([+-]?[0-9.]+):([+-]?[0-9.]+)", span):
+        try:
+            low, high = float(match[1]), float(match[2])
+        except ValueError:  # two points in a number
+            low = high = math.nan
+        if low < high < math.inf:
+            return low, high
+    shown = span if len(span) <= 80 else f"{span[:77]}..."
+    raise UsageError(f"--range {shown}: say auto, the bits that are used (8 .. 32), or LOW:HIGH with LOW < HIGH")
+
+
+def of_bits(values: np.ndarray, span: str, path: Path) -> None:
+    """A number of bits says what a file is: a DataError for values that they do not hold."""
+    _, high = limits(span)
+    known = values[np.isfinite(values)]
+    if known.size and (known.min() < 0 or known.max() > high):
+        odd = known.min() if known.min() < 0 else known.max()
+        raise DataError(f"{path}: holds {odd:g}, which {span} bits do not hold; give --range more bits, or LOW:HIGH")
+
+
+def scaled(values: np.ndarray, span: str, path: Path) -> np.ndarray:
+    """The values of a file to 0 .. 255 by a range; beyond LOW:HIGH, a window that someone has chosen, they go on, to be
+    clipped by what rounds them."""
+    if ":" not in span:
+        of_bits(values, span, path)
+    low, high = limits(span)
+    return (values - low) / ((high - low) / 255)  # of 16 bits: divided by 257
 
 
 # --------------------------------------------------------------------------------------------------------- transforms

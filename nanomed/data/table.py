@@ -1,12 +1,13 @@
 """What every reader makes of a data set: one row an image, with all the prompts that describe it."""
 
+import codecs
 import csv
 import hashlib
 import io
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,9 @@ class Row:
     label: str = ""  # the class, where the data set has classes
     group: str = ""  # images that a split keeps together, such as those of one lesion; empty: the image alone
     pad: bool = False  # whether the image gets a black border that makes it square, before all else
+    part: int = 0  # which of several data sets it is of
+    weight: int = 1  # how often it comes in an epoch
+    range: str = ""  # which of its values are black and white (ranges.py); empty: the policy of images.py
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,41 @@ class Table:
     name: str
     rows: tuple[Row, ...]
 
-    def split(self, share: float, seed: int, by_label: bool = False) -> tuple["Table", "Table"]:
+    def split(self, share: float, seed: int, by_label: bool | None = False) -> tuple["Table", "Table"]:
         """(train, valid) with `share` of the images in valid; all prompts of an image stay together, and all images
         of a group. Of one image, or one group, none is held out; of two or more at least one, and at least one is not.
 
         The choice depends on seed and names alone, not on the order of the rows. With `by_label` every class gives
-        the same share.
+        the same share; None: where the first image has a class. Of several data sets each is split by itself, as it
+        would be alone, and images that are held out come once.
         """
+        if len(parts := dict.fromkeys(row.part for row in self.rows)) > 1:
+            return self._split_each(parts, share, seed, by_label)
         if not 0 <= share < 1:
             raise DataError(f"a share of {share} held out: it must be at least 0 and less than 1")
+        if by_label is None:
+            by_label = bool(self.rows and self.rows[0].label)
+        held_out = self._chosen(share, seed, by_label)
+        if share and not held_out and len(self.rows) > 1:
+            held_out = self._unit(min)
+        if held_out and len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
+            held_out -= self._unit(max)
+        train = tuple(row for row in self.rows if row.file not in held_out)
+        valid = tuple(replace(row, weight=1) for row in self.rows if row.file in held_out)
+        return Table(self.name, train), Table(self.name, valid)
+
+    def _split_each(self, parts: Iterable[int], share: float, seed: int, by_label: bool | None):
+        sets = (Table(self.name, tuple(row for row in self.rows if row.part == part)) for part in parts)
+        train, valid = zip(*(table.split(share, seed, by_label) for table in sets))
+        return tuple(Table(self.name, tuple(row for half in halves for row in half.rows)) for halves in (train, valid))
+
+    def _chosen(self, share: float, seed: int, by_label: bool) -> set[Path]:
+        """The files of a share of the images, or of every class; groups are whole."""
+        held_out: set[Path] = set()
         classes: dict[str, dict[str, list[Path]]] = {}
         for row in self.rows:
             units = classes.setdefault(row.label if by_label else "", {})
             units.setdefault(row.group or row.file.as_posix(), []).append(row.file)
-        held_out: set[Path] = set()
         for label, units in classes.items():
             names, wanted, taken = sorted(units), round(share * sum(map(len, units.values()))), 0
             random.Random(f"{seed} {label}").shuffle(names)
@@ -58,13 +83,7 @@ class Table:
                     break
                 held_out.update(units[name])
                 taken += len(units[name])
-        if share and not held_out and len(self.rows) > 1:
-            held_out = self._unit(min)
-        if held_out and len(held_out) == len(self.rows):  # something must be left to train on, if it is only one image
-            held_out -= self._unit(max)
-        train = tuple(row for row in self.rows if row.file not in held_out)
-        valid = tuple(row for row in self.rows if row.file in held_out)
-        return Table(self.name, train), Table(self.name, valid)
+        return held_out
 
     @cached_property
     def sums(self) -> list[str]:
@@ -76,7 +95,7 @@ class Table:
     def digest(self) -> str:
         """A hash of all that can be trained on, in its order: files by name and bytes, prompts and classes. Where they
         lie does not count."""
-        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad]
+        rows = [[row.file.name, digest, row.prompts, row.paraphrases, row.label, row.pad, *_more(row)]
                 for row, digest in zip(self.rows, self.sums)]  # fmt: skip
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -84,6 +103,25 @@ class Table:
         """The first or last image by name, with all of its group."""
         one = choose(self.rows, key=lambda row: row.file)
         return {row.file for row in self.rows if row is one or row.group == one.group != ""}
+
+
+def _more(row: Row) -> list[str | int]:
+    """What the digest says of a row besides: nothing of one that is read as it is and comes once."""
+    return [*filter(None, [row.range]), *([row.weight] if row.weight > 1 else [])]
+
+
+def joined(tables: Sequence[Table], weights: Sequence[int]) -> Table:
+    """Several data sets as one, whose images come so many times in an epoch. Groups of one name in two sets stay two;
+    classes of one name are one. Raises DataError for an image that two of them hold."""
+    rows, known = [], set()
+    for part, (table, weight) in enumerate(zip(tables, weights)):
+        for row in table.rows:
+            if (file := row.file.resolve()) in known:
+                raise DataError(f"{row.file}: is in two of the data sets {' and '.join(one.name for one in tables)}")
+            known.add(file)
+            group = f"{row.group} of set {part + 1}" if row.group and len(tables) > 1 else row.group
+            rows.append(replace(row, part=part, weight=weight, group=group))
+    return Table("+".join(table.name for table in tables), tuple(rows))
 
 
 def padded(table: Table) -> Table:
@@ -173,18 +211,96 @@ def read_csv(path: str | Path, problems: list[DataError] | None = None) -> list[
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, with or without a byte-order mark; a DataError for anything that is not text."""
+    """A text file: UTF-8, with or without a byte-order mark, UTF-16 with one, or western letters as Windows has them
+    (`_western`); a DataError, with the line where there is one, for anything else."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            text = data.decode("utf-16")
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: begins as UTF-16 and is damaged; save it as UTF-8") from None
+        if "\0" in text:
+            raise DataError(f"{path}: holds zero bytes, so it is no text; save it as UTF-8")
+        return text
     if b"\0" in data:
         raise DataError(f"{path}: holds zero bytes, so it is no UTF-8 text; save it as UTF-8")
+    marked = data.startswith(codecs.BOM_UTF8)
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+        if marked:
+            raise _not_utf8(path, data, error.start) from None
+    return _western(path, data)
+
+
+# The letters of languages beside a to z, those of words that they borrow included: a text has them from one of these.
+WESTERN = (
+    "äöüßéèàêçôâ",  # German
+    "àâæçéèêëîïôœùûü",  # French
+    "áàçéèíïñóòúü",  # Spanish, Catalan
+    "áàâãçéêíóôõúü",  # Portuguese
+    "àèéìòù",  # Italian
+    "åäöæøéüàèê",  # Danish, Norwegian, Swedish, Finnish
+    "áäçéèëêíïóöôúûü",  # Dutch
+)
+EASTERN = (  # the code page of others, and some of the letters that a text in this language has at once
+    ("cp1250", "áčďéěíňóřšťúůýž", "áíěšřž"),  # Czech
+    ("cp1250", "áäčďéíľňóôšťúýž", "áíľšž"),  # Slovak
+    ("cp1250", "ąćęłńóśźż", "ąęłśż"),  # Polish
+    ("cp1250", "áéíóöőúüű", "á"),  # Hungarian
+    ("cp1250", "čćđšž", "čšž"),  # Croatian, Slovene
+    ("cp1250", "ăâîşţ", "ă"),  # Romanian
+    ("cp1257", "ąčęėįšųūž", "ėš"),  # Lithuanian
+    ("cp1257", "āčēģīķļņšūž", "āī"),  # Latvian
+)
+
+
+def _western(path: Path, data: bytes) -> str:
+    """Text in one byte a letter, as Excel and Notepad write it on Windows in western Europe and the Americas (cp1252).
+
+    Nothing in such a file says what its bytes mean. It is read where all of its letters are those of one western
+    language; a DataError where they could be of an eastern one as well (e with a grave accent is c with a caron in
+    cp1250, but the umlauts of German and the acute accents of Spanish are the same everywhere), where a word has no
+    plain letter, as in Cyrillic and Greek, and where a sign stands within a word, as a Mac's and DOS's letters do here.
+    """
+    text = data.decode("cp1252", "replace")
+    plain = re.sub(rb"(?<![A-Za-z\x80-\xff])([cdm]?m)\xb3(?![A-Za-z\x80-\xff])", rb"\1 ", data)  # mm3 is no Polish word
+    if "\ufffd" in text:
+        raise _not_utf8(path, data, text.index("\ufffd"))
+    for word in re.finditer(r"[A-Za-z\x80-\uffff]+", text):
+        letters = [_is_letter(letter) for letter in word[0]]
+        if sum(letters) > 1 and not re.search("[A-Za-z]", word[0]):
+            raise _not_utf8(path, data, word.start())
+        within = range(letters.index(True), len(letters) - letters[::-1].index(True)) if any(letters) else ()
+        if odd := [i for i in within if not letters[i] and word[0][i] not in "\u2019\xb7\xad"]:
+            raise _not_utf8(path, data, word.start() + odd[0])
+    if not any(_accents(text) <= {*known} for known in WESTERN):
+        strange = next(i for i, letter in enumerate(text) if _is_letter(letter) and not letter.isascii())
+        raise _not_utf8(path, data, strange)
+    for page, known, often in EASTERN:
+        other = plain.decode(page, "replace")
+        if _accents(other) <= {*known} and _accents(other) & {*often}:
+            for i, (one, two) in enumerate(zip(text, other)):
+                if one != two and _is_letter(two):
+                    raise _not_utf8(path, data, i, f", and byte {data[i]:#x} could mean {one} or {two}")
+    return text
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalpha() and character not in "\xaa\xba\xb5"  # of ordinals, and micro
+
+
+def _accents(text: str) -> set[str]:
+    return {letter for letter in text.lower() if _is_letter(letter) and not letter.isascii()}
+
+
+def _not_utf8(path: Path, data: bytes, place: int, why: str = "") -> DataError:
+    line = data[:place].count(b"\n") + 1
+    return DataError(f"{path}:{line}: not UTF-8{why}; save the file as UTF-8")
 
 
 def column(record: dict[str, str], names: Sequence[str]) -> str | None:

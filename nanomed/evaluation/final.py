@@ -10,17 +10,20 @@ from nanomed.evaluation import imagesets, measuring, reports
 from nanomed.run.ranks import Ranks
 
 
-def measure(fake: Path, held_out: Sequence[Path], toy_world: bool, settings: measuring.Settings) -> tuple[dict, str]:
+def measure(
+    fake: Path, held_out: Sequence[Path], toy_world: bool, settings: measuring.Settings, spans: Sequence[str] = ()
+) -> tuple[dict, str]:
     """Measure the images that were drawn into `fake`, write the results beside them, and return ({metric: value with N
     and protocol}, the table for the terminal). Not collective.
 
     held_out   files of real images; fresh scenes take their place in the toy world
+    spans      the range of each of them (data/ranges.py); empty: none
     """
     drawn = imagesets.with_prompts(imagesets.find(str(fake), "generated"), str(fake), "")
     if toy_world:
         real = imagesets.fresh_scenes(len(drawn), imagesets.side_of(drawn))
     else:
-        real = imagesets.of_files(held_out, "held out")
+        real = imagesets.of_files(held_out, "held out", spans)
     sets = measuring.Sets({real.name: real}, drawn, toy_world=toy_world)
     alone = Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measuring.exactly()

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from nanomed import data
+from nanomed.data import dicom, ranges, toy
 from nanomed.data import images as decoding
-from nanomed.data import toy
 from nanomed.data.images import FORMATS, SUFFIXES, listing, open_rgb, squash
 from nanomed.data.table import DataError, column, read_csv
 from nanomed.evaluation.table import one_line
@@ -47,6 +47,7 @@ class ImageSet:
     labels: tuple[str, ...] = ()  # the class of every image; empty where there are none
     side: int = 0  # toy scenes are rendered at this size; files are squashed to it, 0 = left as they are
     parts: tuple["ImageSet", ...] = ()  # of a union
+    ranges: tuple[str, ...] = ()  # of every image, which values are black and white (data/ranges.py); empty: of none
     hashes: tuple[str, ...] = field(default=(), compare=False)  # of everything that decides the pixels
 
     def __len__(self) -> int:
@@ -62,8 +63,12 @@ class ImageSet:
         source = self.sources[row]
         if isinstance(source, int):
             return toy.render(toy.scene(source), self.side)
-        opened = open_rgb(source)
+        opened = open_rgb(source, self.range(row))
         return squash(opened, self.side) if self.side else np.asarray(opened)
+
+    def range(self, row: int) -> str:
+        """Which values of an image are black and white; "": as it is read without --range."""
+        return self.ranges[row] if self.ranges else ""
 
     def title(self, row: int) -> str:
         """The file's name, with its class folder where it lies in one."""
@@ -79,14 +84,18 @@ class ImageSet:
             return tuple(values[row] for row in rows) if values else ()
 
         return replace(self, sources=of(self.sources), prompts=of(self.prompts), labels=of(self.labels),
-                       hashes=of(self.hashes))  # fmt: skip
+                       ranges=of(self.ranges), hashes=of(self.hashes))  # fmt: skip
 
 
-def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", side: int = 0) -> ImageSet:
-    """The set that `spec` names: a folder or a data set. Raises DataError for what is not there or has no images."""
-    kind, colon, where = spec.partition(":")
-    if colon and kind in ("clef", "folder", "kvasir", "skin", "ham10000", "toy") and not Path(spec).exists():
-        return of_table(data.load(spec, cache, side or 256), name or spec, limit, side)
+def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", side: int = 0,
+         span: str = "") -> ImageSet:  # fmt: skip
+    """The set that `spec` names: a folder or a data set, its deep images read by the --range `span`, of which auto is
+    decided for all of it. Raises DataError for what is not there or has no images."""
+    if re.match(rf"({'|'.join(data.KINDS)})[:+*]", spec) and not Path(spec).exists():
+        if weighted := [f"{one}*{weight}" for one, weight in data.parts(spec) if weight > 1]:
+            raise DataError(f"{spec}: the weight of {weighted[0]} is for training; measured are images, each once")
+        table = data.load(spec, cache, side or 256)
+        return of_table(ranges.ranged(table, ranges.of_table(table, span)), name or spec, limit, side)
     root = Path(spec).expanduser()
     if not root.is_dir():
         raise DataError(f"{spec}: no such folder")
@@ -98,20 +107,22 @@ def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", s
         labels = tuple(path.parent.name for path in found)
     if not found:
         raise DataError(f"{root}: no images ({', '.join(SUFFIXES)}), in it, in images/ or in class folders")
-    stop = limit or len(found)
-    return hashed(ImageSet(name or spec, tuple(found[:stop]), labels=labels[:stop], side=side))
+    stop, spans = limit or len(found), ranges.of_files(found, span)
+    return hashed(ImageSet(name or spec, tuple(found[:stop]), labels=labels[:stop], side=side, ranges=spans[:stop]))
 
 
 def of_table(table: data.Table, name: str, limit: int = 0, side: int = 0) -> ImageSet:
     """The images of a data set, with their prompts and classes."""
     rows = table.rows[: limit or len(table.rows)]
     labels = tuple(row.label for row in rows) if rows and all(row.label for row in rows) else ()
-    return hashed(ImageSet(name, tuple(row.file for row in rows), tuple(row.prompts for row in rows), labels, side))
+    spans = tuple(row.range for row in rows) if any(row.range for row in rows) else ()
+    prompts = tuple(row.prompts for row in rows)
+    return hashed(ImageSet(name, tuple(row.file for row in rows), prompts, labels, side, ranges=spans))
 
 
-def of_files(paths: Sequence[Path], name: str) -> ImageSet:
-    """A set of files, in their order."""
-    return hashed(ImageSet(name, tuple(paths)))
+def of_files(paths: Sequence[Path], name: str, spans: Sequence[str] = ()) -> ImageSet:
+    """A set of files, in their order, with the range of each."""
+    return hashed(ImageSet(name, tuple(paths), ranges=tuple(spans)))
 
 
 def side_of(images: ImageSet) -> int:
@@ -139,22 +150,25 @@ def union(name: str, sets: Sequence[ImageSet]) -> ImageSet:
         else ()
         for what in ("sources", "prompts", "labels", "hashes")
     }
-    return ImageSet(name, side=sets[0].side, parts=tuple(sets), **known)
+    spans = tuple(part.range(row) for part in sets for row in range(len(part))) if any(p.ranges for p in sets) else ()
+    return ImageSet(name, side=sets[0].side, parts=tuple(sets), ranges=spans, **known)
 
 
 def hashed(images: ImageSet) -> ImageSet:
     """The set with the hashes of its images: of a file's bytes, or of a scene and the program that draws it."""
 
-    def digest(source: Path | int) -> str:
+    def digest(row: int) -> str:
+        source, span = images.sources[row], images.range(row)
         if isinstance(source, int):
             return f"toy {toy.version()} {source} {images.side}"
         try:
-            return files.sha256(source) + (f" squash {images.side}" if images.side else "")
+            squashed, by = f" squash {images.side}" * bool(images.side), f" range {span}" * bool(span)
+            return files.sha256(source) + squashed + by
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror})") from None
 
     with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free
-        return replace(images, hashes=tuple(pool.map(digest, images.sources)))
+        return replace(images, hashes=tuple(pool.map(digest, range(len(images)))))
 
 
 # ------------------------------------------------------------------------------------------- what goes with an image
@@ -256,6 +270,9 @@ def _look(images: ImageSet, row: int) -> dict[str, Tensor]:
 def _kind(source: Path | int, image: np.ndarray) -> tuple[int, bool, tuple[int, int]]:
     if isinstance(source, int):
         return 1, False, image.shape[1::-1]
+    if decoding.is_dicom(source):
+        said = dicom.header(source)
+        return KINDS.index("greyscale" if said.grey else "in colour"), False, said.size
     with Image.open(source, formats=FORMATS) as opened:  # the header alone; the pixels were read before
         mode, form, size, transparent = opened.mode, opened.format, opened.size, "transparency" in opened.info
     if mode.startswith("I") or mode == "F":
@@ -301,9 +318,13 @@ def remarks(images: ImageSet, found: Survey) -> list[str]:
     for number, kind in enumerate(KINDS[2:], 2):
         if rows := [row for row, seen in enumerate(kinds) if seen == number]:
             names = one_line(images.title(row) for row in rows)
-            done = {"transparent": "composited over black", "16 bit or float": "scaled to 8 bit"}
+            spans = sorted({images.range(row) for row in rows} - {""})
+            by = f" by --range {' and '.join(spans)}" if spans else ""
+            done = {"transparent": "composited over black", "16 bit or float": f"scaled to 8 bit{by}"}
             lines.append(f"{images.name}: {_of(len(rows), images)} {_are(rows)} {kind}, "
                          f"{done.get(kind, 'measured as RGB')}: {names}")  # fmt: skip
+    if not any(images.ranges) and (warning := ranges.dark([x for x in images.sources if isinstance(x, Path)])):
+        lines.append(f"{images.name}: {warning}")
     sizes = Counter(map(tuple, found.columns["size"].tolist()))
     if len(sizes) > 1:
         (width, height), most = sizes.most_common(1)[0]
@@ -331,8 +352,8 @@ def mismatches(real: ImageSet, of_real: Survey, fake: ImageSet, of_fake: Survey)
     if lossy[0] != lossy[1]:
         one, other = (real, fake) if lossy[0] else (fake, real)
         lines.append(f"{one.name} is JPEG or WebP, {other.name} is lossless: compression alone moves these metrics")
-    raw = {digest.split(" squash")[0]: row for row, digest in enumerate(real.hashes)}
-    same = [row for row, digest in enumerate(fake.hashes) if digest.split(" squash")[0] in raw]
+    raw = {_of_file(digest) for digest in real.hashes}
+    same = [row for row, digest in enumerate(fake.hashes) if _of_file(digest) in raw]
     if same:
         lines.append(f"{_of(len(same), fake)} of {fake.name} {_are(same)} byte for byte in {real.name}: "
                      f"{one_line(fake.title(row) for row in same)}")  # fmt: skip
@@ -341,6 +362,11 @@ def mismatches(real: ImageSet, of_real: Survey, fake: ImageSet, of_fake: Survey)
         lines.append(f"{real.name} is {ratio[0]:.2f} times as wide as high, {fake.name} {ratio[1]:.2f}: "
                      f"every protocol stretches both to a square")  # fmt: skip
     return lines
+
+
+def _of_file(digest: str) -> str:
+    """The part of a hash that a file's bytes decide, or a toy scene's whole one."""
+    return re.split(" squash| range", digest)[0]
 
 
 _GENERATED = re.compile(r"(?<![a-z])(fakes?|generated|synthetic|synth|samples?|drawn)(?![a-z])", re.IGNORECASE)

@@ -63,6 +63,7 @@ class Settings:
     classifier: str = ""
     weights: str = ""
     cache: str = "runs/cache"
+    range: str = ""
     intervals: bool = True
     skip_bad: bool = False
     batch: int = 32

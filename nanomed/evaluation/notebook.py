@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from nanomed.data import ranges
 from nanomed.evaluation import imagesets, measuring, reports, table, webpage
 from nanomed.evaluation.imagesets import ImageSet
 from nanomed.metrics.entries import Entries
@@ -44,7 +45,7 @@ def evaluate(
     real, fake   a folder, a data set as train.py names it, or a list of PIL images
     metrics      such as "fid,kid,colour", or "all"; "": the usual ones, as far as images and files allow
     train        what the model was trained on, for memorisation; None: the real images
-    settings     protocol, weights, cache, batch, seed, intervals, skip_bad: as evaluate.py's flags
+    settings     protocol, weights, cache, range, batch, seed, intervals, skip_bad: as evaluate.py's flags
 
     Raises DataError for images that cannot be read or are too few for what was asked for by name, UsageError for a
     metric that there is none of, WeightsNotFound for a network's file.
@@ -55,9 +56,10 @@ def evaluate(
     if "classify" in asked:
         raise UsageError("metrics classify trains a network: python evaluate.py --metrics classify does it")
     how = measuring.Settings(metrics=metrics, **settings)  # type: ignore[arg-type]
+    ranges.judge(how.range)
     with tempfile.TemporaryDirectory() as room, torch.inference_mode():
         given = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
-        found = {name: _set(images, name, Path(room), how.cache) for name, images in given.items()}
+        found = {name: _set(images, name, Path(room), how) for name, images in given.items()}
         known = found.get("train", found["real"])
         notes = imagesets.exchanged_names(found["real"], found["fake"])
         sets = measuring.Sets({"real": found["real"]}, found["fake"], known, train is not None, notes=notes)
@@ -69,11 +71,11 @@ def evaluate(
     return Results(outcome.results, notes)
 
 
-def _set(images: Images, name: str, room: Path, cache: str) -> ImageSet:
+def _set(images: Images, name: str, room: Path, how: measuring.Settings) -> ImageSet:
     """A set by its name, or of images that are written down without loss for as long as it takes."""
     if isinstance(images, (str, Path)):
         folder = str(images)
-        found = imagesets.find(folder, name, cache=cache)
+        found = imagesets.find(folder, name, cache=how.cache, span=how.range)
         return imagesets.with_prompts(found, folder, "") if name == "fake" else found
     images = list(images)
     if odd := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
@@ -83,4 +85,4 @@ def _set(images: Images, name: str, room: Path, cache: str) -> ImageSet:
     (room / name).mkdir()
     for i, image in enumerate(images):
         image.convert("RGB").save(room / name / f"{i:06d}.png")  # the bytes of sample.py, so the hashes agree
-    return imagesets.find(str(room / name), name, cache=cache)
+    return imagesets.find(str(room / name), name, cache=how.cache)

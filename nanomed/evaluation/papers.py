@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomed import data
+from nanomed.data import ranges
 from nanomed.data.table import DataError
 from nanomed.evaluation.imagesets import ImageSet, of_table
 from nanomed.run import files
@@ -53,12 +54,13 @@ class Setup:
                 raise DataError(f"{where}: {fake.title(row)} was drawn from {said[0]!r}, but row {row} of the set-up "
                                 f"is {self.prompts[row]!r}; say the same --seed for both, or draw again")  # fmt: skip
         prompts = tuple((prompt,) for prompt in self.prompts)
-        return ImageSet(fake.name, fake.sources, prompts, self.labels, hashes=fake.hashes)
+        return ImageSet(fake.name, fake.sources, prompts, self.labels, ranges=fake.ranges, hashes=fake.hashes)
 
 
-def find(name: str, spec: str, cache: str, seed: int = 0) -> Setup:
-    """The set-up of that name over a data set such as clef:DIR. Raises DataError."""
+def find(name: str, spec: str, cache: str, seed: int = 0, span: str = "") -> Setup:
+    """The set-up of that name over a data set such as clef:DIR, read by the --range `span`. Raises DataError."""
     table = data.load(spec, cache, SIDE)
+    table = ranges.ranged(table, ranges.of_table(table, span))
     if not any(row.prompts for row in table.rows):
         raise DataError(f"{spec}: no prompts, which --paper {name} draws from")
     if name == "mmcp":
@@ -80,7 +82,7 @@ def _mmcp(table: data.Table, spec: str, seed: int) -> Setup:
 
 
 def _medart(table: data.Table, spec: str, seed: int) -> Setup:
-    train, test = table.split(HELD_OUT, seed, by_label=bool(table.rows[0].label))
+    train, test = table.split(HELD_OUT, seed, by_label=None)
     draw = random.Random(f"medart {seed}")
     told = [row for row in train.rows if row.prompts]
     rows = draw.sample(told, len(test.rows)) if len(test.rows) <= len(told) else draw.choices(told, k=len(test.rows))

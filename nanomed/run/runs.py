@@ -37,7 +37,7 @@ CHECKPOINT = re.compile(r"^(?P<stage>\w+)-step-(?P<step>\d+)$")
 MADE = ("model", "rank", "adapter", "text_adapter", "lora")
 CONTENTS = ("data", "captions", "paraphrases")  # where the contents lie, whose hash is compared
 DECISIVE = (*MADE, "seed", "batch", "accumulate", "alpha", "released", "size", "valid", "views", "augment", *CONTENTS,
-            "strategy", "long_prompts", "join", "places", "places_first", "dropout")  # fmt: skip
+            "range", "strategy", "long_prompts", "join", "places", "places_first", "dropout")  # fmt: skip
 KEPT = ("world", "given")  # how the run began, and all the flags that were ever given
 PASSING = ("resume", "resume_anyway", "out", "dry_run")  # flags of a command, and not of the run
 
@@ -114,7 +114,7 @@ def compared(folder: Path, before: dict, config: dict, anyway: bool) -> tuple[di
     if "contents" in before:
         moved = [name for name in decisive if name in CONTENTS]
         decisive = [name for name in decisive if name not in CONTENTS]
-        if "contents" in changed and not {"size", "valid", "seed", "strategy"} & {*decisive}:
+        if "contents" in changed and not {"size", "valid", "range", "seed", "strategy"} & {*decisive}:
             decisive += moved or ["data"]
     if refused := [name for name in decisive if not anyway or name in MADE]:
         told = ", ".join(_difference(name, changed) for name in refused)

@@ -39,7 +39,7 @@ def views(count: int, flips: bool = True) -> list[View]:
 def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bool = True) -> np.ndarray:
     """A row's image as uint8 (size, size, 3). `augment` is the paper's training transform (random square crop and,
     with `jitter`, of colours too, seeded by the file's name and the view), else the centre crop."""
-    image = images.open_rgb(row.file)
+    image = images.open_rgb(row.file, row.range)
     image = images.padded(image) if row.pad else image
     if augment:
         rng = np.random.default_rng(seed_of("view", seed, row.file.name, view.number))
@@ -109,9 +109,9 @@ class Batches:
         self.views = views(how.views, flips=how.dropout > 0)
         self.placed = how.places_first * batch * ranks.world  # samples, of all processes together
         if how.pairs:
-            self.items = [(i, j) for i, row in enumerate(rows) for j in range(len(row.prompts))]
+            self.items = [(i, j) for i, row in enumerate(rows) for j in [*range(len(row.prompts))] * row.weight]
         else:
-            self.items = [(i, 0) for i in range(len(rows))]
+            self.items = [(i, 0) for i, row in enumerate(rows) for _ in range(row.weight)]
         if not self.items:
             raise ValueError("no training images: the table is empty")
         self._pool = ThreadPoolExecutor(max_workers=4)

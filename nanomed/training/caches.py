@@ -72,7 +72,7 @@ def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks
     key = {
         "fields": f"{parts} of images",
         "weights": [weights.fingerprint(system.get_submodule(part)) for part in parts.split()],
-        "images": [[row.file.name, digest] for row, digest in zip(table.rows, table.sums)],
+        "images": [[row.file.name, digest, *filter(None, [row.range])] for row, digest in zip(table.rows, table.sums)],
         "size": how.size, "views": [[look.number, *look.flip] for look in looks], "augment": how.augment,
         "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
     }  # fmt: skip

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from nanomed.data import only_toy
 from nanomed.data.table import Table
 from nanomed.run import files
 from nanomed.run.hardware import autocast
@@ -37,7 +38,7 @@ class Judge:
             from nanomed.metrics.features import frechet_to
 
             arrays = [pixels(row, system.size, 0, View(0), augment=False) for row in self.valid.rows]
-            self.distance, name = frechet_to(arrays, toy=config.data.startswith("toy"), folder=config.weights or None)
+            self.distance, name = frechet_to(arrays, toy=only_toy(config.data), folder=config.weights or None)
             self.measure = name or self.measure
         self.prompts = self._grid_prompts() if self.draws else []
         if self.valid.rows:
