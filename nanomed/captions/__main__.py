@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from tqdm import tqdm
 
 from nanomed import weights
 from nanomed.captions import paraphrase as rules
@@ -26,6 +25,7 @@ from nanomed.captions.networks import t5
 from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
+from nanomed.run.progress import Progress, progress
 from nanomed.run.ranks import Ranks
 from nanomed.text.unigram import T5Tokenizer
 
@@ -149,13 +149,13 @@ def write_captions(words: list[str]) -> int:
         return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
 
     named = {picture.name: picture for picture in pictures}
-    bar = tqdm(total=len(pictures), unit="image", disable=None if ranks.first else True)
+    bar = Progress(len(pictures), "captions", "image")
     for names in journal.open(list(named), ranks, config.batch):
-        bar.update(len(journal.known) - bar.n)  # the others' among them
+        bar.update(len(journal.known) - bar.done)  # the others' among them
         batch = [named[name] for name in names]
         for result in vsg.caption(model, batch, config.modality, judged, config.attempts, config.seed):
             journal.append(result)
-    bar.update(len(journal.known) - bar.n)
+    bar.update(len(journal.known) - bar.done)
     bar.close()
     model.finish()
     ranks.barrier()
@@ -215,7 +215,7 @@ def simplify(words: list[str]) -> int:
     shortener = _t5(config.model, Ranks.join().device)
     lengths = shortener.tokenizer.lengths([record[text] for _, record in records])
     long = [i for i, length in enumerate(lengths) if length > config.limit]
-    for start in tqdm(range(0, len(long), config.batch), unit="batch", disable=None):
+    for start in progress(range(0, len(long), config.batch), "simplifying", "batch"):
         rows = long[start : start + config.batch]
         asked = [f"simplify: {records[i][1][text]}" for i in rows]
         short = shortener.generate(asked, beams=4, min_length=config.limit * 3 // 4, max_length=config.limit,
@@ -256,12 +256,12 @@ def paraphrase(words: list[str]) -> int:
     model.say("")
     journal = Journal(config.out, settings, key="prompt")
     judged = rewording.Rules(encoder and encoder.agree, config.agreement)
-    bar = tqdm(total=len(prompts), unit="prompt", disable=None if ranks.first else True)
+    bar = Progress(len(prompts), "paraphrases", "prompt")
     for (prompt,) in journal.open(prompts, ranks, 1):
-        bar.update(len(journal.known) - bar.n)
+        bar.update(len(journal.known) - bar.done)
         journal.append(rewording.reword(model, prompt, judged, config.count, config.attempts, config.batch,
                                         config.seed))  # fmt: skip
-    bar.update(len(journal.known) - bar.n)
+    bar.update(len(journal.known) - bar.done)
     bar.close()
     model.finish()
     ranks.barrier()
@@ -285,7 +285,7 @@ def train(words: list[str]) -> int:
     from nanomed.captions import tiny
 
     def bar(steps):
-        return tqdm(steps, unit="step", disable=None)
+        return progress(steps, "training", "step")
 
     model = tiny.train(config.steps, config.batch, config.scenes, seed=config.seed, progress=bar)
     tiny.save(model, config.out)
