@@ -1,5 +1,5 @@
-"""How far something is: nothing for the first two seconds; then a bar at a terminal, and elsewhere, as in SLURM's
-files, a line every half minute. Of several processes the first speaks.
+"""How far something is: nothing for the first two seconds; then a bar on a terminal or in a notebook, and elsewhere, as
+in SLURM's files, a line every half minute. Of several processes the first speaks.
 
     for rows in progress(batches, "drawing", "batch"): ...
     with Progress(total, "unet", "step") as bar: bar.update()
@@ -27,6 +27,11 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def rewrites() -> bool:
+    """Whether a line can be written anew: on a terminal, and in a notebook, which does not call itself one."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 class Progress:
     """Counts `total` units of `what`, of which `done` are there already."""
 
@@ -35,7 +40,7 @@ class Progress:
         self.shown, self.bar = shown and speaks(), None
         self.begun, self.start = done, time.monotonic()
         self.next = self.start + QUIET
-        if self.shown and sys.stderr.isatty():
+        if self.shown and rewrites():
             self.bar = tqdm(total=total, initial=done, desc=what, unit=unit or "it", delay=QUIET, leave=None)
 
     def update(self, count: int = 1, **notes: object) -> None:
