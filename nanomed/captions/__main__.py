@@ -56,6 +56,7 @@ class Vsg:
     place: Annotated[str, "device | cpu | share"] = "device"  # of its layers; cpu: one by one; share: by process
     compile: bool = False  # let torch.compile fuse what it can: a minute at first, faster then
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
+    device: str = ""  # cuda, cuda:1, mps or cpu; empty: the best there is
     review: bool = False  # also write OUT.html, image beside caption
     dry_run: bool = False  # say what memory it takes, by arithmetic, and end
 
@@ -66,6 +67,7 @@ class Simplify:
     out: Annotated[str, "a file to write"] = ""  # empty: FILE.simplified.csv
     limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
     batch: Annotated[int, "1 .. 65536"] = 8  # captions at a time
+    device: str = ""  # as of vsg
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Paraphrase:
     place: Annotated[str, "device | cpu | share"] = "device"  # as of vsg
     compile: bool = False  # as of vsg
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
+    device: str = ""  # as of vsg
 
 
 @dataclass
@@ -119,7 +122,7 @@ def write_captions(words: list[str]) -> int:
     config = flags.parse(Vsg, words, description="Captions of a data set's images.")
     vsg.question(config.modality, "")
     checked(config)
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device)
     pictures = vsg.pictures(spec)
     if config.dry_run:
         from nanomed.captions import sizes
@@ -212,7 +215,7 @@ def simplify(words: list[str]) -> int:
         raise DataError(f"{path}: no rows with a column {' or '.join(TEXT_COLUMNS[:2])}")
     target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
     files.expect_own(target)
-    shortener = _t5(config.model, Ranks.join().device)
+    shortener = _t5(config.model, Ranks.join(config.device).device)
     lengths = shortener.tokenizer.lengths([record[text] for _, record in records])
     long = [i for i, length in enumerate(lengths) if length > config.limit]
     for start in progress(range(0, len(long), config.batch), "simplifying", "batch"):
@@ -242,7 +245,7 @@ def paraphrase(words: list[str]) -> int:
     prompts = [prompt for prompt in dict.fromkeys(rules.read_source(source)) if prompt]
     if not prompts:
         raise DataError(f"{source}: no prompts")
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device)
     path = weights.find(config.model)
     encoder = None
     if not all(map(rewording.in_grammar, prompts)):
