@@ -45,6 +45,7 @@ class Config:
     skip_bad: bool = False  # leave damaged images out, counted and named, instead of stopping
     limit: Annotated[int, ">= 0"] = 0  # use the first images of every set only; 0 = all
     batch: Annotated[int, "1 .. 65536"] = 32  # images at a time in a network
+    device: str = ""  # cuda, cuda:1 or cpu; empty: the best there is
     k: Annotated[int, ">= 1"] = 3  # neighbours of precision and recall
     seed: Annotated[int, "0 ..< 2^32"] = 2204  # of splits (train.py's default), rows, subsets, groups and classifiers
     stand_in: Annotated[str, "a file to write"] = ""  # train the toy world's classifier, write it to this file and stop
@@ -65,7 +66,7 @@ def main() -> None:
     ranges.judge(config.range)
     if config.fake:
         files.expect_own(*(Path(config.out) / name for name in ("results.json", "report.html", "nearest.jsonl")))
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device, float64=True)
     sets = find_sets(config)
     if sets is None:  # the prompts of a paper's set-up were asked for, and are written
         return

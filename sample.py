@@ -11,8 +11,6 @@ any, decide for their row; an empty cell leaves it to the flags.
 
 from dataclasses import dataclass
 
-import torch
-
 from nanomed.drawing import Drawing, draw
 from nanomed.run import flags
 from nanomed.run.flags import UsageError
@@ -26,18 +24,21 @@ class Config(Drawing):
     lora: str = ""  # adapters to fold in: FILE_OR_FOLDER, with a weight FILE=0.8, several by comma
     weights: str = ""  # where published files are, besides weights/ and the Hugging Face cache
     runs: str = "runs"  # where runs are looked for
+    device: str = ""  # cuda, cuda:1, mps or cpu; empty: the best there is
 
 
 def main() -> None:
     config = flags.parse(Config, description=__doc__)
     if not config.prompts:
         raise UsageError("say which prompts: --prompts FILE.csv (an example is weights/msdm-tiny/test.csv)")
+    import torch
+
     from nanomed import systems
     from nanomed.data.prompts import read_rows
     from nanomed.run import runs
 
     read_rows(config.prompts)  # what is wrong with it is said before a model is read
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device)
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
     system = systems.load(name, config.weights or None, device=ranks.device, lora=config.lora)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast

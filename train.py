@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import nanomed  # noqa: F401  # isort: skip  # before torch, whose libraries read what it sets when they are loaded
 import torch
 
 from nanomed import systems
@@ -80,6 +81,7 @@ class Config:
     resume: str = ""  # a run folder or "latest": all settings are that run's, and flags beside it are changes
     resume_anyway: bool = False  # with changes that decide which numbers come next, too; the log and the card say so
     seed: Annotated[int, "0 ..< 2^63"] = 2204  # of everything
+    device: str = ""  # cuda, cuda:1, mps or cpu; empty: the best there is
     log_every: Annotated[int, ">= 1"] = 50  # steps between log lines, and between looks for a stop in several processes
     tensorboard: bool = False  # write the curves for TensorBoard too, where it is installed
     cache: Annotated[str, "a folder to write"] = "runs/cache"  # where latents and text states are kept
@@ -89,7 +91,7 @@ class Config:
 def main() -> int:
     config, before = read_flags()
     ranges.judge(config.range)
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device)
     if ranks.device.type == "cpu":
         keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
@@ -403,7 +405,7 @@ def draw_and_evaluate(config: Config, run: Run, split) -> dict:
         run.say(f"{out} is not measured: no real images were held out to compare with")
         return {}
     real, spans = [row.file for row in split[1].rows], [row.range for row in split[1].rows]
-    results, said = final.measure(out, real, toy_world, settings, spans)
+    results, said = final.measure(out, real, toy_world, settings, spans, config.device)
     print(said)
     return results
 

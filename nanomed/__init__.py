@@ -6,8 +6,14 @@ images = system(["Generate an image containing a polyp."], seed=0)              
 nanomed.evaluate("real", images, metrics="colour")                                # what results.json holds
 """
 
+import os
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
+
+# What PyTorch's libraries read once, when they are loaded: threads that wait give their core to others, which beside a
+# busy neighbour is worth more than the microseconds of waking up; and what MPS cannot do goes to the CPU, by name.
+for _name, _value in {"OMP_WAIT_POLICY": "passive", "PYTORCH_ENABLE_MPS_FALLBACK": "1"}.items():
+    os.environ.setdefault(_name, _value)
 
 try:
     __version__ = _version("nanomed")

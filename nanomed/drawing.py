@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 from PIL import Image
-from tqdm import tqdm
 
 from nanomed import weights
 from nanomed.run import files
 from nanomed.run.flags import UsageError
 from nanomed.run.pictures import Picture, batches, images, remembering
+from nanomed.run.progress import progress as counted
 from nanomed.run.ranks import ALONE, Ranks
 
 OWN = ("seed", "negative", "steps", "guidance", "size")  # what a row may decide for itself
@@ -112,7 +112,7 @@ def _draw(system, pictures: list[Picture], names: list[str], how: Drawing, ranks
     todo = [rows for rows in batches(pictures, how.batch) if not all(whole(out / names[row]) for row in rows)]
     options = {"sampler": how.sampler} if how.sampler else {}
     with remembering(system):
-        for rows in tqdm(ranks.share(todo), unit="batch", disable=not progress or not ranks.first):
+        for rows in counted(ranks.share(todo), "drawing", "batch", shown=progress):
             drawn = images(system, [pictures[row] for row in rows], how.batch, how.precision, **options)
             for row, image in zip(rows, drawn):
                 if not whole(out / names[row]):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import nanomed  # noqa: F401  # isort: skip  # before torch, whose libraries read what it sets when they are loaded
 import pytest
 import torch
 

@@ -63,6 +63,11 @@ def test_only_the_seven_packages_run():
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
+def test_one_file_draws_bars():
+    """So that a file without a terminal gets lines, and every wait is told in one way."""
+    assert [path.name for path in sources() if "tqdm" in imports(path)] == ["progress.py"]
+
+
 def test_pyproject_names_the_seven_packages_and_no_other():
     import tomllib
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import nanomed
 from nanomed.data.table import DataError
+from nanomed.run import progress
 from nanomed.run.flags import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +35,11 @@ def test_a_call_draws_the_pixels_of_sample_py(untrained, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", words)
     sample.main()
     system = nanomed.load(untrained)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # by which a notebook is known
+    monkeypatch.setattr(progress, "QUIET", 0.0)
     capsys.readouterr()
     images = system(PROMPTS, steps=2, batch=3, **options)
-    assert "4/4" in capsys.readouterr().err  # a bar
+    assert "4/4" in capsys.readouterr().err  # a bar, in a notebook
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images) and len(images) == 4
     for row, image in enumerate(images):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "o" / f"{row:05d}.png"))), row

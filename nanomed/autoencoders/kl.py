@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
 from nanomed.layers.blocks import Downsample, ImageAttention, Norm, ResnetBlock, Upsample, group_norm
+from nanomed.layers.devices import wide
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class AutoencoderKL(nn.Module):
     def standardise(self, image_batches: Iterable[Tensor]) -> float:
         """Scale latents to unit deviation from now on; returns what it was, over the given images."""
         means = torch.cat([self.moments(images).chunk(2, dim=1)[0] for images in image_batches])
-        deviation = means.double().std().item()
+        deviation = means.to(wide(means.device), torch.float64).std().item()
         self.scale = 1 / deviation
         return deviation
 

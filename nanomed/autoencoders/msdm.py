@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed.autoencoders.losses import VGGDistance, ssim
+from nanomed.layers.devices import wide
 
 
 class Basic(nn.Module):
@@ -121,7 +122,8 @@ class MSDMVAE(nn.Module):
         """Measure the standard deviation of the latents of images, and make `scale` its inverse; returns it."""
         total = squares = count = 0.0
         for images in image_batches:
-            mean, logvar = self.moments(images).double().chunk(2, dim=1)
+            moments = self.moments(images)
+            mean, logvar = moments.to(wide(moments.device), torch.float64).chunk(2, dim=1)
             total += mean.sum().item()
             squares += (mean**2 + logvar.exp()).sum().item()  # E z^2 of z ~ N(mean, var)
             count += mean.numel()

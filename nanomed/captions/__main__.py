@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from tqdm import tqdm
 
 from nanomed import weights
 from nanomed.captions import paraphrase as rules
@@ -27,6 +26,7 @@ from nanomed.data import ranges
 from nanomed.data.table import TEXT_COLUMNS, DataError, column, read_csv
 from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
+from nanomed.run.progress import Progress, progress
 from nanomed.run.ranks import Ranks
 from nanomed.text.unigram import T5Tokenizer
 
@@ -58,6 +58,7 @@ class Vsg:
     place: Annotated[str, "device | cpu | share"] = "device"  # of its layers; cpu: one by one; share: by process
     compile: bool = False  # let torch.compile fuse what it can: a minute at first, faster then
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
+    device: str = ""  # cuda, cuda:1, mps or cpu; empty: the best there is
     review: bool = False  # also write OUT.html, image beside caption
     dry_run: bool = False  # say what memory it takes, by arithmetic, and end
 
@@ -68,6 +69,7 @@ class Simplify:
     out: Annotated[str, "a file to write"] = ""  # empty: FILE.simplified.csv
     limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
     batch: Annotated[int, "1 .. 65536"] = 8  # captions at a time
+    device: str = ""  # as of vsg
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Paraphrase:
     place: Annotated[str, "device | cpu | share"] = "device"  # as of vsg
     compile: bool = False  # as of vsg
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of all the answers
+    device: str = ""  # as of vsg
 
 
 @dataclass
@@ -121,7 +124,7 @@ def write_captions(words: list[str]) -> int:
     config = flags.parse(Vsg, words, description="Captions of a data set's images.")
     vsg.question(config.modality, "")
     checked(config)
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device)
     ranges.judge(config.range)
     pictures = vsg.pictures(spec, span=config.range)
     if config.dry_run:
@@ -153,13 +156,13 @@ def write_captions(words: list[str]) -> int:
         return vsg.Rules(opening, features, count, config.limit, shortener and _shorten(shortener, config.limit))
 
     named = {picture.name: picture for picture in pictures}
-    bar = tqdm(total=len(pictures), unit="image", disable=None if ranks.first else True)
+    bar = Progress(len(pictures), "captions", "image")
     for names in journal.open(list(named), ranks, config.batch):
-        bar.update(len(journal.known) - bar.n)  # the others' among them
+        bar.update(len(journal.known) - bar.done)  # the others' among them
         batch = [named[name] for name in names]
         for result in vsg.caption(model, batch, config.modality, judged, config.attempts, config.seed):
             journal.append(result)
-    bar.update(len(journal.known) - bar.n)
+    bar.update(len(journal.known) - bar.done)
     bar.close()
     model.finish()
     ranks.barrier()
@@ -216,10 +219,10 @@ def simplify(words: list[str]) -> int:
         raise DataError(f"{path}: no rows with a column {' or '.join(TEXT_COLUMNS[:2])}")
     target = Path(config.out) if config.out else path.with_suffix(".simplified.csv")
     files.expect_own(target)
-    shortener = _t5(config.model, Ranks.join().device)
+    shortener = _t5(config.model, Ranks.join(config.device).device)
     lengths = shortener.tokenizer.lengths([record[text] for _, record in records])
     long = [i for i, length in enumerate(lengths) if length > config.limit]
-    for start in tqdm(range(0, len(long), config.batch), unit="batch", disable=None):
+    for start in progress(range(0, len(long), config.batch), "simplifying", "batch"):
         rows = long[start : start + config.batch]
         asked = [f"simplify: {records[i][1][text]}" for i in rows]
         short = shortener.generate(asked, beams=4, min_length=config.limit * 3 // 4, max_length=config.limit,
@@ -246,7 +249,7 @@ def paraphrase(words: list[str]) -> int:
     prompts = [prompt for prompt in dict.fromkeys(rules.read_source(source)) if prompt]
     if not prompts:
         raise DataError(f"{source}: no prompts")
-    ranks = Ranks.join()
+    ranks = Ranks.join(config.device)
     path = weights.find(config.model)
     encoder = None
     if not all(map(rewording.in_grammar, prompts)):
@@ -260,12 +263,12 @@ def paraphrase(words: list[str]) -> int:
     model.say("")
     journal = Journal(config.out, settings, key="prompt")
     judged = rewording.Rules(encoder and encoder.agree, config.agreement)
-    bar = tqdm(total=len(prompts), unit="prompt", disable=None if ranks.first else True)
+    bar = Progress(len(prompts), "paraphrases", "prompt")
     for (prompt,) in journal.open(prompts, ranks, 1):
-        bar.update(len(journal.known) - bar.n)
+        bar.update(len(journal.known) - bar.done)
         journal.append(rewording.reword(model, prompt, judged, config.count, config.attempts, config.batch,
                                         config.seed))  # fmt: skip
-    bar.update(len(journal.known) - bar.n)
+    bar.update(len(journal.known) - bar.done)
     bar.close()
     model.finish()
     ranks.barrier()
@@ -289,7 +292,7 @@ def train(words: list[str]) -> int:
     from nanomed.captions import tiny
 
     def bar(steps):
-        return tqdm(steps, unit="step", disable=None)
+        return progress(steps, "training", "step")
 
     model = tiny.train(config.steps, config.batch, config.scenes, seed=config.seed, progress=bar)
     tiny.save(model, config.out)

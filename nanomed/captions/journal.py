@@ -3,7 +3,6 @@
 A run that was killed at any moment goes on without a lost or a doubled record, and any number of processes may write.
 """
 
-import fcntl
 import json
 import os
 import random
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanomed.data.table import DataError
+from nanomed.run import files
 from nanomed.run.flags import UsageError
 from nanomed.run.ranks import Ranks
 
@@ -77,7 +77,7 @@ class Journal:
 
     def _locked(self):
         file = open(self.path, "a+b")
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, or its process dies
+        files.lock(file)
         return file
 
 

@@ -91,7 +91,7 @@ class Model:
         draws = [torch.Generator().manual_seed(seed_of("caption", seed, *key)) for key in keys]
 
         def uniform(step: int) -> Tensor:
-            return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws]).to(self.device)
+            return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
 
         padding = self.ends[0] if self.ends else 0
         new = generate(self.writer, embedded, mask, max_new_tokens, self.ends, temperature, top_k, top_p, uniform,

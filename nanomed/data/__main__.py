@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from tqdm import tqdm
-
 from nanomed.data import ranges
 from nanomed.data.check import check, counter
 from nanomed.run import flags
@@ -32,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise flags.UsageError("path: say a folder, or a data set such as clef:DIR")
     ranges.judge(words.range)
     count = counter(words.vocab) if words.vocab else None
-    bar = lambda items, total: tqdm(items, total=total, unit="image", leave=False, disable=None)  # noqa: E731
-    table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, progress=bar, span=words.range)
+    table, findings = check(words.path, words.valid, tokens=words.tokens, count=count, span=words.range)
     prompts = [prompt for row in table.rows for prompt in row.prompts]
     print(f"{len(table.rows):,} images, {len(prompts):,} prompts, {len(set(prompts)):,} of them distinct")
     if words.range:

@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from nanomed.data import dicom, load, parts, ranges
 from nanomed.data.images import FORMATS, SUFFIXES, is_dicom, listing, open_rgb
 from nanomed.data.table import DataError, Row, Table, column, pixel_hash, read_csv
+from nanomed.run.progress import progress
 
 MARKERS = (  # which file says what kind of data set a bare folder is
     ("clef", ("prompt-gt.csv", "train_captions.csv", "captions.csv")),
@@ -79,13 +80,11 @@ def check(
     cache: str | Path = "runs/cache",
     tokens: int = 77,
     count: Count | None = None,
-    progress: Callable[..., Iterable] | None = None,
     span: str = "",
 ) -> tuple[Table, list[Finding]]:
     """The table of a data set and what is wrong with it; with `valid`, also images that both sets hold.
 
     tokens    captions may have this many. `count` (see `counter`) counts them; without it they are estimated
-    progress  wraps the images as they are decoded, as tqdm does
     span      the --range that deep images are read by
 
     Raises DataError where there is no such data set; whatever is wrong inside is a finding.
@@ -103,7 +102,7 @@ def check(
     hashes: dict[Path, str] = {}
     with ThreadPoolExecutor(4) as pool:
         examined = pool.map(examine, files, files.values())
-        for file, (digest, found) in zip(files, progress(examined, total=len(files)) if progress else examined):
+        for file, (digest, found) in zip(files, progress(examined, "looking at images", "image", len(files))):
             findings += found
             if digest:
                 hashes[file] = digest

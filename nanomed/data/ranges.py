@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nanomed.data.images import extremes, is_deep, limits, of_bits, open_rgb
 from nanomed.data.table import DataError, Table
+from nanomed.run.progress import progress
 
 DARK = 64  # a quarter of all greys, which is what 14 bits in a file of 16 come to
 HEADERS, LOOKS = 1000, 32  # images that are looked at for a warning
@@ -47,7 +47,7 @@ def decided(files: Sequence[Path], span: str) -> str:
     files = [file for file, is_one in zip(files, deep(files)) if is_one]
     found: dict[bool, tuple[float, Path]] = {}  # whether they are floats -> the largest value and its file
     with ThreadPoolExecutor(4) as pool:
-        seen = tqdm(pool.map(_extremes, files), "values", len(files), leave=False, unit="image", disable=None)
+        seen = progress(pool.map(_extremes, files), "values of deep images", "image", len(files))
         for file, known in zip(files, seen):
             if known:
                 low, high, floats = known

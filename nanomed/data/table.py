@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nanomed.run import files
+from nanomed.run.progress import progress
 
 FILE_COLUMNS, TEXT_COLUMNS = ("file_name", "filename", "image"), ("text", "prompt", "caption")  # as people name them
 
@@ -89,7 +90,8 @@ class Table:
     def sums(self) -> list[str]:
         """SHA-256 of the file of every row; read once, for the run's own hash and for the caches of all stages."""
         with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free
-            return list(pool.map(lambda row: files.sha256(row.file), self.rows))
+            digests = pool.map(lambda row: files.sha256(row.file), self.rows)
+            return list(progress(digests, "hashing images", "image", len(self.rows)))
 
     @property
     def digest(self) -> str:

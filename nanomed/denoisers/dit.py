@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
 from nanomed.layers.blocks import sinusoid
+from nanomed.layers.devices import wide
 from nanomed.weights import WeightsError
 
 SIZES = {  # depth, width, heads (table 1); any with patches of 2, 4 or 8
@@ -90,11 +91,11 @@ def positions(rows: int, columns: int, dim: int, device=None) -> Tensor:
     Each half is [sin(p w), cos(p w)] with w_k = 10000^(-k / (dim/4)), in float64 as in the published code.
     """
     quarter = dim // 4
-    w = 10000 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    w = 10000 ** -(torch.arange(quarter, dtype=torch.float64, device=wide(device)) / quarter)
 
     def along(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float64, device=device)[:, None] * w
-        return torch.cat([angles.sin(), angles.cos()], dim=-1).float()  # (count, dim/2)
+        angles = torch.arange(count, dtype=torch.float64, device=wide(device))[:, None] * w
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).float().to(device=device)  # (count, dim/2)
 
     column = along(columns).expand(rows, -1, -1)
     row = along(rows)[:, None].expand(-1, columns, -1)

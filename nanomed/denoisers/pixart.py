@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
 from nanomed.layers.blocks import Attention, FeedForward, TimestepEmbedding, sinusoid
+from nanomed.layers.devices import wide
 from nanomed.layers.masks import longest
 
 
@@ -63,12 +64,12 @@ def positions(rows: int, columns: int, dim: int, base: int, scale: float, device
     angles float64, as in the published pipelines.
     """
     quarter = dim // 4
-    w = 10000 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    w = 10000 ** -(torch.arange(quarter, dtype=torch.float64, device=wide(device)) / quarter)
 
     def along(count: int) -> Tensor:
         places = torch.arange(count, dtype=torch.float32, device=device) / (count / base) / scale
-        angles = places.double()[:, None] * w
-        return torch.cat([angles.sin(), angles.cos()], dim=-1).float()  # (count, dim/2)
+        angles = places.to(w)[:, None] * w
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).float().to(device=device)  # (count, dim/2)
 
     column = along(columns).expand(rows, -1, -1)
     row = along(rows)[:, None].expand(-1, columns, -1)

@@ -7,11 +7,12 @@ import torch
 
 from nanomed import weights
 from nanomed.evaluation import imagesets, measuring, reports
-from nanomed.run.ranks import Ranks
+from nanomed.run.ranks import Ranks, device_of
 
 
 def measure(
-    fake: Path, held_out: Sequence[Path], toy_world: bool, settings: measuring.Settings, spans: Sequence[str] = ()
+    fake: Path, held_out: Sequence[Path], toy_world: bool, settings: measuring.Settings, spans: Sequence[str] = (),
+    device: str = "",
 ) -> tuple[dict, str]:
     """Measure the images that were drawn into `fake`, write the results beside them, and return ({metric: value with N
     and protocol}, the table for the terminal). Not collective.
@@ -25,7 +26,7 @@ def measure(
     else:
         real = imagesets.of_files(held_out, "held out", spans)
     sets = measuring.Sets({real.name: real}, drawn, toy_world=toy_world)
-    alone = Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    alone = Ranks(device=device_of("" if device == "mps" else device, float64=True))
     measuring.exactly()
     with torch.inference_mode():
         try:

@@ -30,6 +30,7 @@ from nanomed.metrics import colour, memorisation
 from nanomed.metrics.colour import Colours
 from nanomed.run import files
 from nanomed.run.cache import cached
+from nanomed.run.progress import progress
 from nanomed.run.ranks import ALONE, Ranks
 
 KINDS = ("damaged", "in colour", "greyscale", "transparent", "16 bit or float", "CMYK or of another mode")
@@ -168,7 +169,8 @@ def hashed(images: ImageSet) -> ImageSet:
             raise DataError(f"{source}: cannot be read ({error.strerror})") from None
 
     with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free
-        return replace(images, hashes=tuple(pool.map(digest, range(len(images)))))
+        digests = progress(pool.map(digest, range(len(images))), f"hashing {images.name}", "image", len(images))
+        return replace(images, hashes=tuple(digests))
 
 
 # ------------------------------------------------------------------------------------------- what goes with an image
@@ -235,7 +237,7 @@ def survey(images: ImageSet, cache: str | Path, ranks: Ranks = ALONE) -> Survey:
         return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
 
     key = ["survey", _version(), list(images.hashes)]
-    columns = cached(Path(cache) / "survey", key, len(images), make, 64, ranks)
+    columns = cached(Path(cache) / "survey", key, len(images), make, 64, ranks, f"{images.name}, pixels")
     return Survey({name: torch.cat([shard[name] for shard in columns.shards]) for name in columns.shards[0]})
 
 

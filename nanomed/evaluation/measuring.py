@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanomed import weights
 from nanomed.data.table import DataError
@@ -25,6 +24,7 @@ from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
 from nanomed.metrics.networks import vit
 from nanomed.metrics.networks.classifier import NAME as STAND_IN
+from nanomed.run.progress import Progress, working
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
@@ -142,8 +142,7 @@ class Eyes:
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         key = extractor.name, extractor.protocol, images.hashes
         if key not in self.read:
-            with tqdm(total=len(images) // self.ranks.world, desc=f"{images.name}, {extractor.name}", unit="image",
-                      delay=2, leave=False, disable=not self.ranks.first) as bar:  # fmt: skip
+            with Progress(len(images) // self.ranks.world, f"{images.name}, {extractor.name}", "image") as bar:
 
                 def image(row: int) -> np.ndarray:
                     bar.update()
@@ -186,7 +185,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()}, lacking=lacking or {})
     if "memorisation" in wanted:
         try:
-            outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
+            with working("looking for copies"):
+                outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
         except ValueError as error:  # too few held-out images once those that are training images are left out
             if lacking is None and "memorisation" in asked:
                 raise DataError(f"--metrics memorisation: {error}") from None
@@ -200,7 +200,8 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
         outcome.colours[name] = eyes.survey(real).colours()
         try:
-            run = _distances(wanted, networks, found, real, fake, settings, ranks.device)
+            with working(f"distances to {name}, with intervals and floors"):
+                run = _distances(wanted, networks, found, real, fake, settings, ranks.device)
         except ValueError as error:  # features that are no numbers: weights that are none
             raise DataError(f"{fake.name} against {real.name}: {error}; check the network's file") from None
         if "colour" in wanted:

@@ -14,7 +14,7 @@ from nanomed.evaluation import imagesets, measuring, reports, table, webpage
 from nanomed.evaluation.imagesets import ImageSet
 from nanomed.metrics.entries import Entries
 from nanomed.run.flags import UsageError
-from nanomed.run.ranks import Ranks
+from nanomed.run.ranks import Ranks, device_of
 
 Images = str | Path | Sequence[Image.Image]
 
@@ -63,9 +63,8 @@ def evaluate(
         known = found.get("train", found["real"])
         notes = imagesets.exchanged_names(found["real"], found["fake"])
         sets = measuring.Sets({"real": found["real"]}, found["fake"], known, train is not None, notes=notes)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         measuring.exactly()
-        outcome = measuring.measure(sets, asked, how, Ranks(device=torch.device(device)))
+        outcome = measuring.measure(sets, asked, how, Ranks(device=device_of(float64=True)))
     assert outcome is not None
     notes = [*outcome.notes, *(f"not measured: {line}" for line in reports.lacking(outcome))]
     return Results(outcome.results, notes)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nanomed.data import grammar, toy
 from nanomed.metrics.networks.classifier import SIDE, ToyClassifier
 from nanomed.run import files
+from nanomed.run.progress import progress
 
 STAND_IN = 20_000_000  # first of the scenes that the stand-in is trained on: neither models nor evaluations see them
 
@@ -47,8 +48,6 @@ def train_stand_in(path: str, images: int = 3000, steps: int = 600, batch: int =
     It names what a scene shows; the share of attributes it gets right on 500 held-out scenes is returned. A few
     minutes on two cores.
     """
-    from tqdm import trange
-
     def scene(number: int) -> tuple[torch.Tensor, list[float]]:
         drawn = toy.scene(STAND_IN + number)
         cells = {polyp.cell for polyp in drawn.polyps}
@@ -57,13 +56,13 @@ def train_stand_in(path: str, images: int = 3000, steps: int = 600, batch: int =
         return pixels, [float(attribute) for attribute in shown]
 
     held_out = min(500, images // 4)
-    pairs = [scene(i) for i in trange(images, desc="scenes")]
+    pairs = [scene(i) for i in progress(range(images), "rendering", "scene")]
     inputs, targets = torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
     torch.manual_seed(0)
     network = ToyClassifier()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in trange(steps, desc="steps"):
+    for _ in progress(range(steps), "training", "step"):
         rows = torch.randint(images - held_out, (batch,))
         x = inputs[rows] / 127.5 - 1
         x = x + 0.1 * torch.rand(()) * torch.randn_like(x)  # generated images are not as clean as rendered ones

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanomed import weights
 from nanomed.metrics.networks import vit
+from nanomed.run.progress import Progress, working
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def fit(network: vit.VitClassifier, images: Iterable[np.ndarray], labels: Sequen
     network.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     order, losses = torch.Generator().manual_seed(recipe.seed), []
+    passes = Progress(recipe.epochs * -(-len(pixels) // recipe.batch), "training the classifier", "step")
     for epoch in range(recipe.epochs):
         total = 0.0
         for rows in torch.randperm(len(pixels), generator=order).split(recipe.batch):
@@ -111,20 +113,25 @@ def fit(network: vit.VitClassifier, images: Iterable[np.ndarray], labels: Sequen
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)
+            passes.update(loss=f"{loss.item():.3f}")
         losses.append(total / len(pixels))
+    passes.close()
     network.eval().requires_grad_(False)
     return losses
 
 
 def predict(network: vit.VitClassifier, images: Iterable[np.ndarray], batch: int = 32) -> np.ndarray:
     """Class probabilities (N, classes) in float64 for uint8 images of any sizes, streamed."""
-    logits = network.classifier(vit.classifier_features(network, images, batch).to(network.classifier.weight.device))
+    with working("classifying images"):
+        features = vit.classifier_features(network, images, batch)
+    logits = network.classifier(features.to(network.classifier.weight.device))
     return logits.double().softmax(1).cpu().numpy()
 
 
 def _held(images: Iterable[np.ndarray], size: int) -> Tensor:
     """uint8 (N, 3, size, size): resized once, not in every epoch."""
-    held = [torch.from_numpy(vit.resized(image, size).copy()).permute(2, 0, 1) for image in images]
+    with working("reading images for the classifier"):
+        held = [torch.from_numpy(vit.resized(image, size).copy()).permute(2, 0, 1) for image in images]
     if not held:
         raise ValueError("no image to train a classifier on")
     return torch.stack(held)

@@ -22,6 +22,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from nanomed.metrics import scores
+from nanomed.run.progress import progress
 
 Interval = tuple[float, float]
 T = TypeVar("T")  # what a statistic gives: a number or several
@@ -57,7 +58,10 @@ def intervals(
         raise ValueError(f"an interval from {groups} groups needs as many images, not {smallest}")
     generator = torch.Generator().manual_seed(seed)
     dealt = [groups_of(len(x), groups, generator) for x in features]
-    left_out = [statistic(*(without(x, g[i]) for x, g in zip(features, dealt))) for i in range(groups)]
+    left_out = [
+        statistic(*(without(x, g[i]) for x, g in zip(features, dealt)))
+        for i in progress(range(groups), "intervals", "group")
+    ]
     replicates = torch.tensor([list(row) for row in left_out], dtype=torch.float64)
     return [around(value, column, level, support) for value, column in zip(values.tolist(), replicates.T)]
 
@@ -95,7 +99,7 @@ def frechet_interval(a: Tensor, b: Tensor, groups: int = 10, level: float = 0.95
     sides = [(x, scores.moments(x), groups_of(len(x), groups, generator)) for x in (a, b)]
     value = scores.frechet_from_moments(*sides[0][1], *sides[1][1])
     replicates = []
-    for i in range(groups):
+    for i in progress(range(groups), "intervals", "group"):
         (mean_a, cov_a), (mean_b, cov_b) = (_moments_without(x[g[i]], len(x), *whole) for x, whole, g in sides)
         replicates.append(scores.frechet_from_moments(mean_a, cov_a, mean_b, cov_b))
     return around(value, torch.tensor(replicates, dtype=torch.float64), level, (0.0, math.inf))
@@ -153,7 +157,7 @@ def kernel_interval(
         return (within - 2 * ab[both].sum() / (n * m)).item()
 
     everything = torch.ones(groups, dtype=torch.bool)
-    replicates = [mmd(everything & (torch.arange(groups) != i)) for i in range(groups)]
+    replicates = [mmd(everything & (torch.arange(groups) != i)) for i in progress(range(groups), "intervals", "group")]
     return around(mmd(everything), torch.tensor(replicates, dtype=torch.float64), level)
 
 

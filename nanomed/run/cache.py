@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanomed.run import files
+from nanomed.run.progress import Progress
 from nanomed.run.ranks import ALONE, Ranks
 
 SHARD = 256  # rows
@@ -41,24 +42,32 @@ def cached(
     make: Callable[[list[int]], dict[str, Tensor]],
     chunk: int = 32,
     ranks: Ranks = ALONE,
+    what: str = "",
 ) -> Columns:
     """Rows 0 .. count - 1 of `make`, from disk where they are there and whole, else computed and written.
 
     `key` is any JSON value that names all the inputs. `make(rows)` returns {name: (len(rows), ...)}; it is called
-    with at most `chunk` rows. Ranks share the missing shards and wait for each other.
+    with at most `chunk` rows. Ranks share the missing shards and wait for each other. `what` is made, if that is to
+    be told where it takes long.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = Path(folder) / digest[:32]
     starts = range(0, count, SHARD)
-    for start in ranks.share(starts):
-        path = folder / f"{start:08d}.safetensors"
-        if _whole(path):
-            continue
-        rows = list(range(start, min(start + SHARD, count)))
-        pieces = [make(rows[i : i + chunk]) for i in range(0, len(rows), chunk)]
-        shard = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
-        files.write_tensors(path, shard)
-        files.write_text(path.with_suffix(".sha256"), files.sha256(path))
+    mine = ranks.share(starts)
+    with Progress(sum(min(SHARD, count - start) for start in mine), what, shown=bool(what)) as bar:
+        for start in mine:
+            path = folder / f"{start:08d}.safetensors"
+            rows = list(range(start, min(start + SHARD, count)))
+            if _whole(path):
+                bar.update(len(rows))
+                continue
+            pieces = []
+            for i in range(0, len(rows), chunk):
+                pieces.append(make(rows[i : i + chunk]))
+                bar.update(len(rows[i : i + chunk]))
+            shard = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+            files.write_tensors(path, shard)
+            files.write_text(path.with_suffix(".sha256"), files.sha256(path))
     ranks.barrier()
     return Columns([load_file(folder / f"{start:08d}.safetensors") for start in starts], count)
 

@@ -5,6 +5,7 @@ so a reader (or a restart after `kill -9`) sees the old file, the new file, or n
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -12,12 +13,14 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save_file
 
 from nanomed.run.flags import UsageError
 
+WINDOWS = os.name == "nt"
 _TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .name.<pid>.tmp
 
 
@@ -115,7 +118,29 @@ def sweep(folder: str | Path) -> None:
             _remove(path)
 
 
+def lock(file: IO[bytes]) -> None:
+    """Hold an open file for this process alone, until it is closed or the process dies; wait while another does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: a byte far behind the end stands for the file
+        import msvcrt
+
+        place = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+        os.lseek(file.fileno(), 1 << 40, os.SEEK_SET)
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+                break
+            except OSError:  # ten seconds have passed
+                continue
+        os.lseek(file.fileno(), place, os.SEEK_SET)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def _alive(pid: int) -> bool:
+    if WINDOWS:  # where signal 0 is Ctrl-C
+        return _alive_on_windows(pid)
     try:
         os.kill(pid, signal.SIG_DFL)  # signal 0 asks only whether the process exists
     except ProcessLookupError:
@@ -125,8 +150,19 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _alive_on_windows(pid: int) -> bool:
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    handle = kernel.OpenProcess(0x1000, False, pid)  # to ask for little
+    if handle:
+        kernel.CloseHandle(handle)
+    return bool(handle) or kernel.GetLastError() == 5  # somebody else's
+
+
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's names, to disk. Windows opens no folder, and flushes only what can be written."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -27,16 +27,22 @@ def keep_memory() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # no such C library, or another kind of system
         return False
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1) and mallopt(m_top_pad, 64 << 20))
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: of the GPU's allocator, or of this process's resident memory on a CPU."""
+    """The most bytes held so far: of the GPU's allocator, or of this process's resident memory on a CPU. MPS tells what
+    is held now; 0 where a system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:
+        return 0
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from nanomed.run import files
 from nanomed.run.cache import Remembered
 from nanomed.run.hardware import autocast
+from nanomed.run.progress import Progress
 from nanomed.run.randomness import ImageNoise
 
 
@@ -65,7 +65,7 @@ def images(system: Any, pictures: Sequence[Picture], batch: int, precision: str 
 def drawn(system: Any, pictures: Sequence[Picture], batch: int) -> list[Image.Image]:
     """All of some pictures, in their order, under a bar."""
     found: dict[int, Image.Image] = {}
-    with remembering(system), tqdm(total=len(pictures), unit="image") as bar:
+    with remembering(system), Progress(len(pictures), "drawing", "image") as bar:
         for rows in batches(pictures, batch):
             for row, image in zip(rows, images(system, [pictures[row] for row in rows], batch)):
                 found[row] = Image.fromarray(image.numpy())

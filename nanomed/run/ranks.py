@@ -8,6 +8,7 @@ Nothing that all ranks must reach may stand behind `first`: they would wait for 
 """
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,19 +32,29 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def join(cls) -> "Ranks":
-        """The ranks of torchrun, joined by NCCL on GPUs and by gloo elsewhere; without torchrun this process alone."""
+    def join(cls, device: str = "", float64: bool = False) -> "Ranks":
+        """The ranks of torchrun, joined by NCCL on GPUs and by gloo elsewhere; without torchrun this process alone.
+
+        `device` is the --device that was asked for; `float64`: the work needs such numbers (see `device_of`).
+        """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if world > 1 and ":" in device:
+            raise UsageError(f"--device {device}: of several processes each takes its own; say cuda")
+        place = device_of(device, int(os.environ.get("LOCAL_RANK", 0)), float64)
+        cuda = place.type == "cuda"
         if cuda:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(place)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             # Its way back gave NaN for kandinsky3-tiny in bf16 (H100, PyTorch 2.11), where the other kernels gave none.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
-        return cls(rank, world, device)
+        return cls(rank, world, place)
+
+    @property
+    def meeting(self) -> torch.device:
+        """Where small tensors of all ranks meet: NCCL wants them on the GPU, gloo on the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     @property
     def first(self) -> bool:
@@ -79,7 +90,7 @@ class Ranks:
         """True on every rank when it is true on one. Waits for the device."""
         if self.world == 1:
             return flag
-        value = torch.tensor(int(flag), device=self.device)
+        value = torch.tensor(int(flag), device=self.meeting)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
@@ -103,7 +114,7 @@ class Ranks:
 
     def mean(self, value: float, count: int) -> float:
         """The mean of `value`, each rank's weighted by its `count`."""
-        pair = torch.tensor([value * count, count], dtype=torch.float64, device=self.device)
+        pair = torch.tensor([value * count, count], dtype=torch.float64, device=self.meeting)
         if self.world > 1:
             dist.all_reduce(pair)
         return (pair[0] / pair[1].clamp(min=1)).item()
@@ -115,7 +126,7 @@ class Ranks:
         full = torch.zeros(count, *mine.shape[1:], dtype=mine.dtype)
         starts = self.share(range(0, count, chunk))
         full[[i for start in starts for i in range(start, min(start + chunk, count))]] = mine
-        full = full.to(self.device)
+        full = full.to(self.meeting)
         dist.all_reduce(full)  # every row is zero on all ranks but one
         return full.cpu()
 
@@ -126,6 +137,27 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+
+def device_of(asked: str = "", local: int = 0, float64: bool = False) -> torch.device:
+    """The device of a process: what --device asks for, or else the best there is, CUDA before Apple's MPS before the
+    CPU. "cuda" is the process's own GPU, the `local`-th of this machine. MPS has no float64, so it is left out where
+    the work needs that. Raises UsageError for a device that is not here.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not asked:
+        asked = "cuda" if cuda else "mps" if mps and not float64 else "cpu"
+    kind, _, number = asked.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or (number and not (kind == "cuda" and re.fullmatch("[0-9]{1,3}", number))):
+        raise UsageError(f"--device {asked}: say cuda, cuda:1, mps or cpu")
+    if kind == "cuda":
+        index, count = int(number or local), torch.cuda.device_count() if cuda else 0
+        if index >= count:
+            raise UsageError(f"--device {asked}: {count or 'no'} CUDA device{'s are' if count > 1 else ' is'} here")
+        return torch.device("cuda", index)
+    if kind == "mps" and (float64 or not mps):
+        raise UsageError("--device mps: " + ("it has no float64, which this needs" if mps else "it is not here"))
+    return torch.device(kind)
 
 
 ALONE = Ranks()

@@ -19,15 +19,16 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from nanomed.run import files
 from nanomed.run.flags import UsageError
+from nanomed.run.progress import say, working
 from nanomed.run.ranks import Ranks
 
 CHECKPOINT = re.compile(r"^(?P<stage>\w+)-step-(?P<step>\d+)$")
@@ -227,7 +228,7 @@ class Run:
     def say(self, line: str) -> None:
         """A line for the terminal, of one process."""
         if line and self.ranks.first:
-            tqdm.write(line)
+            say(line, sys.stdout)
 
     def log(self, **values) -> None:
         """Append one line to log.jsonl."""
@@ -262,7 +263,7 @@ class Run:
                 for param, values in descent.optimizer.state.items()
                 for key, value in values.items()
             }
-            with files.atomic(folder) as temporary:
+            with working(f"saving {folder.name}"), files.atomic(folder) as temporary:
                 files.write_tensors(temporary / "model.safetensors", dict(descent.params))
                 files.write_tensors(temporary / "optimizer.safetensors", moments)
                 if descent.average:
@@ -280,9 +281,12 @@ class Run:
             return None
         folder, params, optimizer = found[-1], descent.params, descent.optimizer
         state = _read(folder / "state.json")
-        for name, digest in state["sha256"].items():
-            if files.sha256(folder / name) != digest:
-                raise UsageError(f"{folder / name} is damaged: remove the folder {folder} to go on from the one before")
+        with working(f"reading {folder.name}"):
+            for name, digest in state["sha256"].items():
+                if files.sha256(folder / name) != digest:
+                    raise UsageError(
+                        f"{folder / name} is damaged: remove the folder {folder} to go on from the one before"
+                    )
         with torch.no_grad():
             for name, tensor in load_file(folder / "model.safetensors").items():
                 params[name].copy_(tensor)

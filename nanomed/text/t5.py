@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanomed import weights
+from nanomed.layers.devices import wide
 from nanomed.layers.masks import longest
 from nanomed.weights import WeightsError
 
@@ -250,8 +251,9 @@ def relative_buckets(distance: Tensor, buckets: int = 32, furthest: int = 128) -
     near = side // 2
     away = distance.abs()
     # the boundaries are powers that float32 meets exactly on some devices only: a hair above them rounds alike on all
-    grown = torch.log(away.clamp(min=1).double() / near) / math.log(furthest / near) * (side - near)
-    far = (near + (grown + 1e-9).long()).clamp(max=side - 1)
+    exact = away.clamp(min=1).to(wide(away.device), torch.float64)
+    grown = torch.log(exact / near) / math.log(furthest / near) * (side - near)
+    far = (near + (grown + 1e-9).long()).clamp(max=side - 1).to(away.device)
     return torch.where(away < near, away, far) + side * (distance > 0)
 
 

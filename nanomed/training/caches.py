@@ -76,7 +76,7 @@ def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks
         "size": how.size, "views": [[look.number, *look.flip] for look in looks], "augment": how.augment,
         "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
     }  # fmt: skip
-    return cached(cache, key, len(table.rows) * len(looks), make, 32, ranks)
+    return cached(cache, key, len(table.rows) * len(looks), make, 32, ranks, str(key["fields"]))
 
 
 def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) -> Columns:
@@ -90,4 +90,4 @@ def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) 
     key = {"fields": f"{parts} of prompts", "weights": networks, "prompts": prompts}
     if system.pieces > 1:
         key["pieces"] = system.pieces
-    return cached(cache, key, len(prompts), make, 32, ranks)
+    return cached(cache, key, len(prompts), make, 32, ranks, str(key["fields"]))

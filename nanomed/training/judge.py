@@ -9,6 +9,7 @@ from nanomed.data import only_toy
 from nanomed.data.table import Table
 from nanomed.run import files
 from nanomed.run.hardware import autocast
+from nanomed.run.progress import progress, working
 from nanomed.run.randomness import ImageNoise, seed_all
 from nanomed.run.runs import Run
 from nanomed.training.batches import Batches, Samples, View, pixels, to_device
@@ -81,7 +82,8 @@ class Judge:
             if self.ranks.first and len(images):
                 name = f"{self.stage}-step-{step:06d}.png"
                 files.write_png(self.run.folder / "samples" / name, grid(images[:16]))
-            score = self.distance(images) if self.distance else loss
+            with working(f"{self.stage}: judging what was drawn"):
+                score = self.distance(images) if self.distance else loss
         self.system.trainable(self.stage)
         self.placement.apart()
         if loss is not None:
@@ -95,7 +97,8 @@ class Judge:
         batch = min(self.config.batch, 32)
         held_out = Batches(self.valid.rows, Samples(self.system.size, 0, pairs=self.draws, augment=False), batch)
         total = count = 0
-        for i in self.ranks.share(range(min(8, -(-len(held_out.items) // batch)))):
+        counts = self.ranks.share(range(min(8, -(-len(held_out.items) // batch))))
+        for i in progress(counts, f"{self.stage}: validation", "batch"):
             seed_all("validation", i)
             total += self.system(to_device(held_out[i], self.device), self.stage, 0)["loss"].item()
             count += 1
@@ -105,7 +108,8 @@ class Judge:
     def _draw(self) -> Tensor:
         """uint8 images (N, S, S, 3) of the fixed prompts, each from its own seed; the ranks share the work."""
         batch, drawn = 16, []
-        for start in self.ranks.share(range(0, len(self.prompts), batch)):
+        starts = self.ranks.share(range(0, len(self.prompts), batch))
+        for start in progress(starts, f"{self.stage}: drawing", "batch"):
             prompts = self.prompts[start : start + batch]
             noise = ImageNoise(self.config.seed, range(start, start + len(prompts)), self.device)
             with autocast(self.config.precision, self.device):

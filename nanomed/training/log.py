@@ -4,9 +4,9 @@ import time
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanomed.run.hardware import peak_memory
+from nanomed.run.progress import Progress
 from nanomed.run.runs import Run
 from nanomed.training import page
 
@@ -20,8 +20,7 @@ class Log:
     def __init__(self, run: Run, stage: str, steps: tuple[int, int], every: int, images: int):
         self.run, self.stage, self.every, self.images = run, stage, every, images
         first, self.last = steps
-        self.bar = tqdm(total=self.last, initial=first, desc=stage, unit="step", disable=not run.ranks.first,
-                        mininterval=1.0)  # fmt: skip
+        self.bar = Progress(self.last, stage, "step", done=first)
         run.update(plan=run.state.get("plan", {}) | {stage: {"steps": self.last, "images": images}})
         self.paused(first)
 
@@ -44,7 +43,7 @@ class Log:
         finite = [round(value, 6) if abs(value) < float("inf") else None for value in values.tolist()]
         shown = {name: value for name, value in zip(losses, finite) if value is not None or name == "loss"}
         pace = (step - self.seen) / max(time.monotonic() - self.since, 1e-9)
-        self.bar.set_postfix(loss=shown["loss"], refresh=False)
+        self.bar.update(0, loss=shown["loss"])
         self.run.log(stage=self.stage, step=step, **shown, grad_norm=finite[-1], **more,
                      images_per_second=round(pace * self.images, 2),
                      memory_gb=round(peak_memory(self.run.ranks.device) / 1e9, 3))  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from nanomed.run import files
+from nanomed.run.progress import duration
 from nanomed.run.runs import Run
 
 NAME = "report.html"
@@ -199,15 +200,6 @@ def _stage(folder: Path, stage: str, lines: Sequence[dict], state: dict) -> str:
     charts = f'<div class="charts">{"".join(drawings)}</div>' if any(drawings) else ""
     line = f'<div class="time" tabindex="0" role="region" aria-label="grids">{"".join(figures)}</div>'
     return f"<p>{_text('; '.join(told))}</p>{charts}{line if figures else ''}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, in the unit that a reader would take."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _chart(name: str, points: Sequence[tuple[int, float]], seen: Sequence[tuple[int, float]]) -> str:

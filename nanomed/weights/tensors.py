@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanomed.run.progress import progress
 from nanomed.weights.header import SIZES, WeightsError, WeightsNotFound, check_header, no_repeats
 
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a part's file
@@ -49,7 +50,8 @@ def read(
         for name in (name for name in header if name.startswith(prefix)):
             parts.setdefault(start // CHUNK, []).append(name)
             start += math.prod(header[name].shape) * SIZES[header[name].dtype]
-        for names in parts.values():  # a new mapping each time: the pages of what was converted are given back
+        # A new mapping each time: the pages of what was converted are given back.
+        for names in progress(list(parts.values()), f"reading {file.name}", "part"):
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in names:
