@@ -281,6 +281,7 @@ def test_under_torchrun_one_rank_speaks_and_the_launchers_report_ends_with_it(tm
     assert told[0].startswith("train.py: openai/clip-vit-large-patch14 was not found at ")
     assert told[0].endswith("--local-dir weights/openai/clip-vit-large-patch14")
     assert lines[-1] == f"traceback : {told[0]}"
+    assert "<NO_OTHER_FAILURES>" in lines  # the others are no failures, whatever their number
 
 
 def test_a_full_disk_and_too_little_memory_are_the_machines(capsys):
@@ -293,13 +294,17 @@ def test_a_full_disk_and_too_little_memory_are_the_machines(capsys):
 
 
 def test_a_rank_that_refuses_alone_still_ends(monkeypatch, capsys, tmp_path):
-    """It is silent, waits for the launcher, and then leaves the reason in the error file."""
+    """It is silent, waits for the launcher, which may end it, and then leaves the reason in the error file."""
     import json
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(flags.signal, "signal", lambda *a: None)
+    ended, handlers = [], {}
+    monkeypatch.setattr(flags.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(flags.os, "_exit", ended.append)
     flags.refuse("no")
+    handlers[flags.signal.SIGTERM](flags.signal.SIGTERM, None)
+    assert ended == [0]
     assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].endswith(": no")

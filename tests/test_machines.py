@@ -1,20 +1,26 @@
 """Other machines, told by making calls fail or differ as they do there: Windows, macOS, and GPUs that are not here."""
 
+import io
 import os
+import shutil
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanomed import systems
 from nanomed.captions.generation import draw
 from nanomed.denoisers import dit, pixart
 from nanomed.layers import devices
-from nanomed.run import files, hardware
+from nanomed.run import files, flags, hardware
 from nanomed.run.flags import UsageError
 from nanomed.run.ranks import ALONE, Ranks, device_of
+from nanomed.run.runs import Run, environment
 from nanomed.text.t5 import relative_buckets
+from nanomed.training.optimizer import Descent
 
 MPS = torch.device("mps")
 
@@ -25,11 +31,22 @@ def windows(monkeypatch):
     opened = os.open
 
     def refusing(path, flags, *args, **kwargs):
-        if os.path.isdir(path):
+        caller = sys._getframe(1).f_code
+        if os.path.isdir(path) and "rmtree" not in caller.co_name:  # which does without on Windows
             raise PermissionError(13, "Permission denied", str(path))
-        assert flags & os.O_RDWR or flags & os.O_WRONLY or "fsync" not in sys._getframe(1).f_code.co_names
+        assert flags & os.O_RDWR or flags & os.O_WRONLY or "fsync" not in caller.co_names
         return opened(path, flags, *args, **kwargs)
 
+    def replacing(source, target):
+        inside = [str(path) for place in (source, target) for path in [Path(place), *Path(place).rglob("*")]]
+        maps = Path("/proc/self/maps")  # of Linux alone
+        held = [path for path in inside if maps.is_file() and f" {path}\n" in maps.read_text()]
+        if held:
+            raise PermissionError(13, "Access is denied", held[0])
+        replaced(source, target)
+
+    replaced = os.replace
+    monkeypatch.setattr(os, "replace", replacing)
     monkeypatch.setattr(files, "WINDOWS", True)
     monkeypatch.setattr(os, "open", refusing)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill is Ctrl-C on Windows"))
@@ -46,13 +63,49 @@ def test_files_and_folders_are_written_whole(windows, tmp_path):
 
 
 def test_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_not(windows, tmp_path):
-    kernel = types.SimpleNamespace(OpenProcess=lambda access, inherit, pid: int(pid == 7), CloseHandle=lambda handle: 1,
-                                   GetLastError=lambda: 87)  # fmt: skip
-    windows.setattr(files.ctypes, "windll", types.SimpleNamespace(kernel32=kernel), raising=False)
-    for pid in (7, 8):
+    errors = {8: 87, 9: 5}  # no such process; access denied, for it is somebody else's
+    asked = []
+    kernel = types.SimpleNamespace(OpenProcess=lambda access, inherit, pid: asked.append(pid) or int(pid == 7),
+                                   CloseHandle=lambda handle: 1)  # fmt: skip
+    windows.setattr(files.ctypes, "WinDLL", lambda name, use_last_error: kernel, raising=False)
+    windows.setattr(files.ctypes, "get_last_error", lambda: errors[asked[-1]], raising=False)
+    for pid in (7, 8, 9):
         (tmp_path / f".x.{pid}.tmp").write_text("")
     files.sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".x.7.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.7.tmp", ".x.9.tmp"]
+
+
+def test_no_file_is_mapped_that_a_run_replaces_or_removes(windows, tmp_path, untrained):
+    """Windows renames and removes nothing that is mapped: a checkpoint that was resumed from, weights that were read."""
+    model = shutil.copytree(untrained, tmp_path / "model")
+    systems.load(model).save(model)  # a run that goes on writes over the parts that it has read
+
+    param = torch.nn.Parameter(torch.ones(4000))
+    descent = Descent({"w": param}, weight_decay=0.0, average=0.9, fp16=False)
+    run = Run.create(tmp_path, {"model": "m"}, ALONE)
+    for step in (1, 2):
+        descent.backward(param.square().sum())
+        descent.step(1e-3, 0.0)
+        if step == 2:
+            run.restore("unet", descent)
+        run.save("unet", step, descent, {})
+    run.prune("unet", 1, None)
+    assert [folder.name for folder in run.checkpoints("unet")] == ["unet-step-000002"]
+
+
+def test_git_need_not_be_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment()["git"] is None
+
+
+def test_a_letter_that_an_alphabet_lacks_is_no_error(monkeypatch):
+    """As when Windows writes into a file."""
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    with pytest.raises(SystemExit) as ended:
+        flags.main(lambda: print("\u017c\u00f3\u0142w"))
+    narrow.flush()
+    assert ended.value.code == 0 and narrow.buffer.getvalue().strip() == b"\\u017c\xf3\\u0142w"
 
 
 def test_a_lock_is_taken_on_a_byte_behind_the_end(windows, tmp_path):

@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from nanomed.run.flags import UsageError
+from nanomed.run.progress import Progress
 
 WINDOWS = os.name == "nt"
+LARGE = 256 << 20  # bytes that may take a second
 _TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")  # .name.<pid>.tmp
 
 
@@ -105,9 +107,17 @@ def _marks(folder: Path) -> dict[str, str]:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, as hex."""
+    """The SHA-256 of a file, as hex; of a large one it tells how far it is."""
+    size = os.stat(path).st_size
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size < LARGE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with Progress(size >> 20, f"hashing {os.fspath(path)}", "MB") as bar:
+            while block := file.read(16 << 20):
+                digest.update(block)
+                bar.update(len(block) >> 20)
+        return digest.hexdigest()
 
 
 def sweep(folder: str | Path) -> None:
@@ -151,11 +161,11 @@ def _alive(pid: int) -> bool:
 
 
 def _alive_on_windows(pid: int) -> bool:
-    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
     handle = kernel.OpenProcess(0x1000, False, pid)  # to ask for little
     if handle:
         kernel.CloseHandle(handle)
-    return bool(handle) or kernel.GetLastError() == 5  # somebody else's
+    return bool(handle) or ctypes.get_last_error() == 5  # type: ignore[attr-defined]  # somebody else's
 
 
 def _sync(path: Path) -> None:

@@ -305,6 +305,9 @@ def main(run: Callable[[], int | None]) -> None:
     3 data, 4 weights, 5 the machine (files that cannot be read or written, memory); 1 is a training that diverged, 75
     means asked to stop, state saved. Anything else is a bug and keeps its traceback."""
     code: int | None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # where a file gets them, Windows has a narrow alphabet
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = run() or 0
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
@@ -312,8 +315,9 @@ def main(run: Callable[[], int | None]) -> None:
         if code is None:
             raise
         refuse(line)
-    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        sys.modules["torch"].distributed.destroy_process_group()
+    group = sys.modules["torch"].distributed if "torch" in sys.modules else None
+    if group and group.is_available() and group.is_initialized():
+        group.destroy_process_group()
     sys.exit(code)
 
 
@@ -335,8 +339,8 @@ def refuse(line: str) -> None:
     line = f"{program()}: {line}"
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-    else:  # the launcher ends all processes when it finds one ended: let that be the one that has spoken
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    else:  # the launcher ends all processes when it finds one ended: let that be the one that has spoken. This one ends
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as it is told to, or the report had six lines on it
         time.sleep(10)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()) - 1)}}

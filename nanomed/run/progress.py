@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -33,15 +33,25 @@ def rewrites() -> bool:
 
 
 class Progress:
-    """Counts `total` units of `what`, of which `done` are there already."""
+    """Counts `total` units of `what`, of which `done` are there already; without a total it tells how long it takes.
+
+    A thread tells, so that one long unit is not silent either.
+    """
 
     def __init__(self, total: int, what: str, unit: str = "", done: int = 0, shown: bool = True):
         self.total, self.what, self.unit, self.done, self.notes = total, what, unit, done, ""
-        self.shown, self.bar = shown and speaks(), None
         self.begun, self.start = done, time.monotonic()
-        self.next = self.start + QUIET
-        if self.shown and rewrites():
-            self.bar = tqdm(total=total, initial=done, desc=what, unit=unit or "it", delay=QUIET, leave=None)
+        self.bar: tqdm | None = None
+        self.ended = threading.Event()
+        if not (shown and speaks()):
+            return
+        if rewrites():
+            form = None if total else "{desc} ... {elapsed}"
+            self.bar = tqdm(total=total, initial=done, desc=what, unit=unit or "it", bar_format=form, delay=QUIET,
+                            leave=None)  # fmt: skip
+        weakref.finalize(self, self.ended.set)  # one that an error has left open falls silent with it
+        tell = weakref.WeakMethod(self.tell)
+        threading.Thread(target=_repeat, args=(tell, self.ended, 1.0 if self.bar else BETWEEN), daemon=True).start()
 
     def update(self, count: int = 1, **notes: object) -> None:
         """`count` units more are done; `notes` stand behind the numbers."""
@@ -52,18 +62,25 @@ class Progress:
             if notes:
                 self.bar.set_postfix(notes, refresh=False)
             self.bar.update(count)
-        elif self.shown and (now := time.monotonic()) >= self.next:
-            self.next = now + BETWEEN
-            say(self.line(now))
+
+    def tell(self) -> None:
+        """Say where it stands."""
+        if self.bar is None:
+            say(self.line(time.monotonic()))
+        else:
+            self.bar.delay = 0  # or closing it would take it for one that was never seen
+            self.bar.refresh()
 
     def line(self, now: float) -> str:
         """Where it stands, in words."""
+        if not self.total:
+            return f"{self.what} ... {duration(now - self.start)}"
         pace = (self.done - self.begun) / max(now - self.start, 1e-9)
         left = f", {duration((self.total - self.done) / pace)} left" if pace and self.done < self.total else ""
-        units = f" {self.unit}s" if self.unit else ""
-        return f"{self.what}: {self.done:,} of {self.total:,}{units}{left}{self.notes}"
+        return f"{self.what}: {self.done:,} of {self.total:,}{plural(self.unit)}{left}{self.notes}"
 
     def close(self) -> None:
+        self.ended.set()
         if self.bar is not None:
             self.bar.close()
 
@@ -72,6 +89,15 @@ class Progress:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+def _repeat(tell: weakref.WeakMethod, ended: threading.Event, between: float) -> None:
+    """Tell after two seconds, and then again and again, until it has ended."""
+    wait = QUIET
+    while not ended.wait(wait):
+        wait = between
+        if method := tell():
+            method()
 
 
 def progress(
@@ -84,25 +110,16 @@ def progress(
             bar.update()
 
 
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """Say what goes on, where it takes longer than two seconds, and every half minute that it still does."""
-    ended, start = threading.Event(), time.monotonic()
+def plural(unit: str) -> str:
+    """Several of a unit, behind a number: images, batches, MB."""
+    if not unit or unit.isupper():
+        return f" {unit}" if unit else ""
+    return f" {unit}es" if unit.endswith("ch") else f" {unit}s"
 
-    def tell() -> None:
-        wait = QUIET
-        while not ended.wait(wait):
-            wait = BETWEEN
-            say(f"{what} ... {duration(time.monotonic() - start)}")
 
-    if not speaks():
-        yield
-        return
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
+def working(what: str) -> Progress:
+    """`with working("reading a file"):` says what goes on, where there is nothing to count."""
+    return Progress(0, what)
 
 
 def say(line: str, file: Any = None) -> None:

@@ -298,7 +298,7 @@ class Run:
             name, entry = key.rsplit("/", 1)
             if value.shape == params[name].shape and entry != "step":  # moments lie in memory as their parameter does
                 value = torch.empty_like(params[name]).copy_(value)
-            optimizer.state[params[name]][entry] = value.to(params[name].device)
+            optimizer.state[params[name]][entry] = value.to(params[name].device, copy=True)  # of no file to be removed
         descent.load(state)
         return state
 
@@ -353,13 +353,16 @@ def environment() -> dict:
     import numpy
 
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # not installed
+        git = ""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
-        "git": git.stdout.strip() or None,
+        "git": git or None,
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanomed.run.progress import working
+from nanomed.run.progress import progress
 from nanomed.weights.header import WeightsError
 from nanomed.weights.tensors import some
 
@@ -79,5 +79,6 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
         content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content}\n"
 
-    with working("hashing weights"), ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
-        return hashlib.sha256("".join(pool.map(digest, sorted(state.items()))).encode()).hexdigest()
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        digests = progress(pool.map(digest, sorted(state.items())), "hashing weights", "tensor", len(state))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanomed.run import files
 from nanomed.run.progress import progress
 from nanomed.weights.header import SIZES, WeightsError, WeightsNotFound, check_header, no_repeats
 
@@ -56,7 +57,8 @@ def read(
                 with safe_open(file, framework="pt") as opened:
                     for name in names:
                         tensor = opened.get_tensor(name)
-                        tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                        tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                        tensors[name] = tensor.clone() if files.WINDOWS else tensor  # none replaces a mapped file there
             except (SafetensorError, RuntimeError, ValueError) as error:
                 raise WeightsError(f"{file}: {error}") from error
     if not tensors:
