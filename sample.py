@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from nanomed.drawing import Drawing, draw
 from nanomed.run import flags
 from nanomed.run.flags import UsageError
+from nanomed.run.progress import working
 from nanomed.run.ranks import Ranks
 
 
@@ -40,7 +41,8 @@ def main() -> None:
     read_rows(config.prompts)  # what is wrong with it is said before a model is read
     ranks = Ranks.join(config.device)
     name = config.model or runs.newest(config.runs, status="done") or "weights/msdm-tiny"
-    system = systems.load(name, config.weights or None, device=ranks.device, lora=config.lora)
+    with working(f"reading {name}"):
+        system = systems.load(name, config.weights or None, device=ranks.device, lora=config.lora)
     system.to(memory_format=torch.channels_last)  # convolutions are up to 1.5 times as fast
     rows = read_rows(config.prompts, system.columns)
     if ranks.first:

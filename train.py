@@ -22,6 +22,7 @@ from nanomed.data.prompts import read_prompts
 from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.hardware import autocast, keep_memory
+from nanomed.run.progress import working
 from nanomed.run.randomness import seed_all, seed_of
 from nanomed.run.ranks import Ranks
 from nanomed.run.runs import Run
@@ -95,7 +96,8 @@ def main() -> int:
     if ranks.device.type == "cpu":
         keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
-    system = systems.build(config.model, config.weights or None, random=config.dry_run, **settings_of(config))
+    with working(f"making {config.model}"):
+        system = systems.build(config.model, config.weights or None, random=config.dry_run, **settings_of(config))
     system.to(ranks.device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
     check(config, before, system, ranks)
     if config.dry_run:

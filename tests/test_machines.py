@@ -76,7 +76,7 @@ def test_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_not(w
 
 
 def test_no_file_is_mapped_that_a_run_replaces_or_removes(windows, tmp_path, untrained):
-    """Windows renames and removes nothing that is mapped: a checkpoint that was resumed from, weights that were read."""
+    """Windows renames and removes nothing that is mapped: a checkpoint resumed from, weights that were read."""
     model = shutil.copytree(untrained, tmp_path / "model")
     systems.load(model).save(model)  # a run that goes on writes over the parts that it has read
 

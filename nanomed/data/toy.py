@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nanomed.data import grammar
 from nanomed.data.grammar import CELLS
 from nanomed.run import files
+from nanomed.run.progress import progress
 
 # Polyps are the only thing whose blue exceeds its green while red leads green; mucosa is orange (blue below green).
 POLYP_COLORS = {"pink": (238, 112, 172), "red": (200, 34, 84), "purple": (148, 56, 160), "violet": (178, 92, 212),
@@ -357,7 +358,7 @@ def write(folder: str | Path, n: int, size: int, seed: int = 0) -> None:
     `images/*.jpg` and `prompt-gt.csv` with `Prompt;Filename` and CRLF. The CSV comes last: where it is, all is.
     """
     lines = ["Prompt;Filename"]
-    for number in range(seed, seed + n):
+    for number in progress(range(seed, seed + n), "rendering scenes", "image"):
         name = f"clb{hashlib.sha256(f'toy image {number}'.encode()).hexdigest()[:22]}.jpg"
         drawn = scene(number)
         with files.atomic(Path(folder) / "images" / name) as temporary:

@@ -24,7 +24,7 @@ from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
 from nanomed.metrics.networks import vit
 from nanomed.metrics.networks.classifier import NAME as STAND_IN
-from nanomed.run.progress import Progress, working
+from nanomed.run.progress import Progress, progress, working
 from nanomed.run.ranks import ALONE, Ranks
 
 METRICS = (
@@ -441,7 +441,7 @@ def _memorisation(sets: Sets, eyes: Eyes, found, networks, settings) -> tuple[me
 
 
 def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
-    images = (fake.image(row) for row in range(len(fake)))
+    images = (fake.image(row) for row in progress(range(len(fake)), f"{fake.name}, toy reader", "image"))
     judged = toyworld.faithfulness(images, [prompts[0] for prompts in fake.prompts])
     if not judged and "faithfulness" in asked:
         raise DataError(f"--metrics faithfulness: no prompt of {fake.name} is of the toy world's grammar")
@@ -454,7 +454,8 @@ def _clip_score(sets: Sets, name: str, network: Extractor, found: dict, settings
     def pairs(images: ImageSet) -> tuple[Tensor, Tensor]:
         places: dict[str, int] = {}  # each prompt once
         rows = [places.setdefault(prompts[0], len(places)) for prompts in images.prompts]
-        texts = read(list(places), settings.weights, settings.batch, device)
+        with working(f"{images.name}, {network.name} of {len(places):,} prompts"):
+            texts = read(list(places), settings.weights, settings.batch, device)
         return found[images.hashes]["features"], texts[rows]
 
     label, read = OF_PROMPTS[name]

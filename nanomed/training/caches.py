@@ -9,6 +9,7 @@ from nanomed import weights
 from nanomed.data.images import to_unit
 from nanomed.data.table import Table
 from nanomed.run.cache import Columns, cached
+from nanomed.run.progress import progress
 from nanomed.run.ranks import Ranks
 from nanomed.training.batches import Batches, Kept, Samples, View, pixels, views
 
@@ -53,7 +54,7 @@ def samples(config, system, stage: str) -> Samples:
 
 def images_of(table: Table, size: int, device: torch.device, batch: int = 32) -> Iterator[Tensor]:
     """All images of a table once, centre-cropped, in batches (B, 3, size, size) in [-1, 1]."""
-    for start in range(0, len(table.rows), batch):
+    for start in progress(range(0, len(table.rows), batch), "all images once", "batch"):
         rows = table.rows[start : start + batch]
         yield torch.stack([to_unit(pixels(row, size, 0, View(0), augment=False)) for row in rows]).to(device)
 

@@ -38,8 +38,9 @@ class Judge:
         if self.draws and config.score_images and self.valid.rows:
             from nanomed.metrics.features import frechet_to
 
-            arrays = [pixels(row, system.size, 0, View(0), augment=False) for row in self.valid.rows]
-            self.distance, name = frechet_to(arrays, toy=only_toy(config.data), folder=config.weights or None)
+            with working(f"stage {stage}: features of what is held out"):
+                arrays = [pixels(row, system.size, 0, View(0), augment=False) for row in self.valid.rows]
+                self.distance, name = frechet_to(arrays, toy=only_toy(config.data), folder=config.weights or None)
             self.measure = name or self.measure
         self.prompts = self._grid_prompts() if self.draws else []
         if self.valid.rows:

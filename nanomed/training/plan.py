@@ -5,6 +5,7 @@ import time
 import torch
 
 from nanomed.run.hardware import autocast, peak_memory
+from nanomed.run.progress import working
 from nanomed.training.optimizer import adamw, clip_gradients
 from nanomed.training.placement import gigabytes, places_of
 
@@ -36,7 +37,8 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
         return time.monotonic() - start, peak_memory(device)
 
     sizes = [config.batch] if device.type == "cuda" or config.batch <= 2 else [1, 2]
-    measured = [steps(size) for size in sizes]
+    with working(f"stage {stage}: two steps as a trial"):
+        measured = [steps(size) for size in sizes]
     seconds, peak = measured[-1]
     note = ""
     if len(measured) == 2:
