@@ -194,6 +194,11 @@ def test_more_is_refused_than_there_is(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="each takes its own"):
         Ranks.join("cuda:1")
+    with pytest.raises(UsageError, match="--device mps: there is one"):
+        Ranks.join("mps")
+    here(monkeypatch, mps=True)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert Ranks.join().device.type == "cpu"  # what is not asked for is left out
 
 
 class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
@@ -228,12 +233,12 @@ def test_libraries_are_told_before_torch_reads_it(tmp_path):
     """Whatever stands first, `import nanomed` is before torch in the scripts; what a user has set stays."""
     import subprocess
 
-    program = "import os, sys; sys.argv = ['x']; import train; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in ((None, "passive"), ("active", "active")):
+    program = "import os, sys; import {}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    for module, given, expected in (("train", None, "passive True"), ("nanomed", "active", "active False")):
         environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
         environment |= {"OMP_WAIT_POLICY": given} if given else {}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True,
-                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", program.format(module)], env=environment, capture_output=True,
+                              text=True, cwd=Path(__file__).resolve().parents[1])  # fmt: skip
         assert done.stdout.strip() == expected, done.stderr
     for script in ("train.py", "sample.py", "evaluate.py"):
         with open(os.path.join(os.path.dirname(__file__), "..", script), encoding="utf-8") as file:

@@ -96,6 +96,7 @@ class Train:
     batch: Annotated[int, "1 .. 65536"] = 32  # scenes at a time
     scenes: Annotated[int, "1 .. 10^6"] = 3000  # of the toy world
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of weights and batches
+    device: str = ""  # as of vsg
 
 
 def main() -> int:
@@ -294,7 +295,8 @@ def train(words: list[str]) -> int:
     def bar(steps):
         return progress(steps, "training", "step")
 
-    model = tiny.train(config.steps, config.batch, config.scenes, seed=config.seed, progress=bar)
+    model = tiny.train(config.steps, config.batch, config.scenes, seed=config.seed, progress=bar,
+                       device=Ranks.join(config.device).device)  # fmt: skip
     tiny.save(model, config.out)
     with torch.inference_mode():
         right, same = tiny.accuracy(model)

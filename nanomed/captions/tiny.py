@@ -131,7 +131,7 @@ def loss_of(model: Model, images: list[Image.Image], captions: list[str]) -> Ten
 
 def train(
     steps: int = 500, batch: int = 32, scenes: int = 3000, lr: float = 2e-3, seed: int = 0,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter, device: str | torch.device = "cpu",
 ) -> Model:  # fmt: skip
     """A captioner that has learned `steps` batches of the first `scenes` scenes; the same one for the same numbers.
 
@@ -139,6 +139,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = build()
+    model.network.to(device)
     pictures = [Image.fromarray(toy.render(toy.scene(i), SIDE)) for i in range(scenes)]
     captions = [describe(toy.scene(i)) for i in range(scenes)]
     optimizer = torch.optim.AdamW(model.network.parameters(), lr, (0.9, 0.98), weight_decay=0.01, fused=True)

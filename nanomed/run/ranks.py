@@ -40,7 +40,9 @@ class Ranks:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world > 1 and ":" in device:
             raise UsageError(f"--device {device}: of several processes each takes its own; say cuda")
-        place = device_of(device, int(os.environ.get("LOCAL_RANK", 0)), float64)
+        if world > 1 and device == "mps":
+            raise UsageError("--device mps: there is one, and several processes do not meet on it; say cpu")
+        place = device_of(device, int(os.environ.get("LOCAL_RANK", 0)), float64 or world > 1)
         cuda = place.type == "cuda"
         if cuda:
             torch.cuda.set_device(place)
