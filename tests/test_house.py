@@ -68,6 +68,19 @@ def test_one_file_draws_bars():
     assert [path.name for path in sources() if "tqdm" in imports(path)] == ["progress.py"]
 
 
+def test_texts_are_read_and_written_in_an_encoding_that_is_named():
+    """Windows and Linux take others where none is."""
+    for path in sources():
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call):
+                words, name = {word.arg for word in call.keywords}, ast.unparse(call.func)
+                told = "encoding" in words or any("b" in ast.unparse(mode) for mode in call.args[1:2])
+                if name == "open" or name.endswith(".read_text") and not call.args + call.keywords:
+                    assert told, f"{path.name}:{call.lineno}"
+                if name.endswith(".write_text") and name != "files.write_text":
+                    assert told, f"{path.name}:{call.lineno}"
+
+
 def test_pyproject_names_the_seven_packages_and_no_other():
     import tomllib
 

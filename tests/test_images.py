@@ -251,6 +251,7 @@ def test_other_bombs_cost_little(tmp_path):
         assert time.process_time() - start < 0.2, name
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
 def test_pipes_devices_folders_and_disguises_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "null.png").symlink_to("/dev/null")

@@ -180,6 +180,7 @@ def work(out: Path, rank: int = 0, world: int = 1, slow: float = 0.0) -> None:
     rewording.write_csv(journal, PROMPTS)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_at_random_moments_no_prompt_is_lost_or_doubled(tmp_path):
     """Two processes at a time, killed with SIGKILL after a few milliseconds, again and again; then one to the end."""
     work(whole := tmp_path / "whole.csv")

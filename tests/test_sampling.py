@@ -226,11 +226,13 @@ def kill_often(model: Path, prompts: Path, tmp_path: Path, kills: int) -> None:
         assert number <= 4 * kills, "the runs end before they can be killed"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_two_ranks_killed_at_random_times_give_the_bytes_of_one(model, prompt_file, tmp_path):
     """Nothing corrupt, nothing missing, nothing twice, whatever was killed. Short form: 2 kills."""
     kill_often(model, prompt_file, tmp_path, 2)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.slow
 def test_two_ranks_killed_fifty_times(model, prompt_file, tmp_path):
     kill_often(model, prompt_file, tmp_path, 50)

@@ -308,6 +308,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen, stage: str = 
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for others")
 def test_sigterm_saves_and_two_ranks_resume_exactly(tmp_path, tmp_path_factory):
     """Two gloo ranks: SIGTERM to the launcher, state saved at once, and the resumed run equals a straight one."""
     cache = tmp_path_factory.getbasetemp() / "cache"
@@ -327,6 +328,7 @@ def test_sigterm_saves_and_two_ranks_resume_exactly(tmp_path, tmp_path_factory):
     same(trained(run), trained(runs.newest(tmp_path / "a")))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for others")
 def test_sigint_has_its_own_exit_code(tmp_path, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "cache"
     process = subprocess.Popen(
@@ -381,11 +383,13 @@ def kill_often(tmp_path: Path, cache: Path, kills: int) -> None:
         assert number <= 4 * kills, "the runs end before they can be killed"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_kill_minus_nine_loses_nothing(tmp_path, tmp_path_factory):
     """Always restarted from a whole checkpoint, and in the end bitwise the straight run. Short form: 3 kills."""
     kill_often(tmp_path, tmp_path_factory.getbasetemp() / "cache", 3)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.slow
 def test_kill_minus_nine_fifty_times(tmp_path, tmp_path_factory):
     kill_often(tmp_path, tmp_path_factory.getbasetemp() / "cache", 50)

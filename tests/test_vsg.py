@@ -152,6 +152,7 @@ def rows_of(out: Path) -> list[str]:
         return [row["file_name"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_at_random_moments_no_row_is_lost_or_doubled(tmp_path):
     """Two processes at a time, killed with SIGKILL after a few milliseconds, again and again; then one to the end."""
     spec, out = folder(tmp_path, 24), tmp_path / "captions.csv"

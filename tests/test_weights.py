@@ -185,6 +185,7 @@ print(converted[0] - anon, converted[1] - mapped, converted[2] - anon - mapped, 
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of the memory from Linux")
 def test_reading_takes_no_memory_and_conversion_little_more_than_its_result(tmp_path):
     save_file({f"layer.{i}": torch.full((512, 512), float(i)) for i in range(128)}, tmp_path / "model.safetensors")
     command = [sys.executable, "-c", MEASURE, tmp_path]
@@ -363,6 +364,7 @@ def test_a_sound_header_tells_names_dtypes_and_shapes(tmp_path):
     }
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
 def test_what_is_not_safetensors_is_called_by_its_name(tmp_path):
     cases = {
         "is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3438167536\n",

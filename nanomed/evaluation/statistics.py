@@ -52,7 +52,7 @@ def of_cache(folder: str | Path) -> Statistics:
     for number, path in enumerate(_shards(folder)):
         mark = path.with_suffix(".sha256")
         digests.append(files.sha256(path))
-        if not mark.is_file() or mark.read_text() != digests[-1] or int(path.stem) != number * SHARD:
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != digests[-1] or int(path.stem) != number * SHARD:
             raise DataError(f"{path}: damaged or unfinished; measure the images themselves again")
         parts.append(load_file(path).get("features"))
     if len({path.parent for path in _shards(folder)}) != 1 or any(part is None or part.ndim != 2 for part in parts):

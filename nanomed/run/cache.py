@@ -74,7 +74,7 @@ def cached(
 
 def _whole(path: Path) -> bool:
     mark = path.with_suffix(".sha256")
-    return path.is_file() and mark.is_file() and mark.read_text() == files.sha256(path)
+    return path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == files.sha256(path)
 
 
 class Remembered:
