@@ -312,7 +312,8 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
     placement = Placement(system, stage, config.frozen, ranks, bool(config.stage) or stage == [*system.stages][-1])
     params = system.trainable(stage)
     run.say(system.load_optional(stage, config.weights or None))
-    descent = Descent(params, config.weight_decay, config.ema, config.precision == "fp16", config.eps)
+    with working(f"stage {stage}: making the optimizer"):  # the first one of a process imports much
+        descent = Descent(params, config.weight_decay, config.ema, config.precision == "fp16", config.eps)
     batches = caches.batches(config, system, stage, train, ranks)
     placement.settle()
     together = config.batch * config.accumulate * ranks.world  # samples of one step

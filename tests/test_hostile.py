@@ -268,7 +268,8 @@ def launched(*words: str, ranks: int = 0, **more) -> subprocess.CompletedProcess
 def test_a_refusal_is_one_line(tmp_path, words, code, told):
     (tmp_path / "f").write_text("a polyp\n")
     done = launched(*words, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (code, f"{told}\n")
+    said = re.sub(r"^.* \.\.\. \d+ s\n", "", done.stderr, flags=re.M)  # on a slow machine, that a model was read
+    assert (done.returncode, said) == (code, f"{told}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
