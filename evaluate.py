@@ -143,6 +143,8 @@ def find_sets(config: Config):
         if len(specs) == 1 and statistics.holds(specs[0]):
             known[name] = statistics.read(specs[0])
             continue
+        if together := [spec for spec in specs if statistics.holds(spec)]:
+            raise UsageError(f"--real {'+'.join(specs)}: {together[0]} holds statistics, which join with nothing")
         for spec in specs:
             if spec == "toy":
                 found[spec] = imagesets.fresh_scenes(len(fake), imagesets.side_of(fake))
@@ -169,16 +171,16 @@ def find_sets(config: Config):
 
 def named(spec: str) -> dict[str, list[str]]:
     """{name: sets} of a --real: "A", "A,B", "one=A,two=B,both=A+B"."""
-    if Path(spec).is_dir():
+    if Path(spec).exists():
         return {spec: [spec]}
     sets: dict[str, list[str]] = {}
     for item in filter(None, (item.strip() for item in spec.split(","))):
         name, equals, where = item.partition("=")
-        if not equals or Path(item).is_dir():
+        if not equals or Path(item).exists():
             name = where = item
         if name in sets:
             raise UsageError(f"--real {spec}: two sets are called {name}")
-        sets[name] = [where] if Path(where).is_dir() or data.there(where) else where.split("+")
+        sets[name] = [where] if Path(where).exists() or data.there(where) else where.split("+")
     return sets
 
 
