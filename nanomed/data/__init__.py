@@ -1,6 +1,7 @@
 """Files to images and prompts: one reader a file, all of them to one table.
 
 toy, toy:N        the embedded world (toy.py), N images
+toyclasses:N      the same with a class for every image, by its polyps; clefclasses:DIR too
 clef:DIR          ImageCLEFmed MEDVQA-GI
 folder:DIR        images with metadata.csv or metadata.jsonl, or a .txt beside each
 kvasir:DIR        class folders, captions from their names
@@ -30,6 +31,10 @@ def load(
     and left out, so that the doctor (check.py) finds them all.
     """
     kind, _, where = spec.partition(":")
+    if kind in ("toyclasses", "clefclasses"):
+        from nanomed.data import classes
+
+        return classes.by_polyps(load(f"{kind.removesuffix('classes')}:{where}", cache, size, problems))
     if kind == "toy":
         from nanomed.data import clef, toy
 

@@ -34,6 +34,7 @@ from nanomed.run.ranks import ALONE, Ranks
 
 KINDS = ("damaged", "in colour", "greyscale", "transparent", "16 bit or float", "CMYK or of another mode")
 LOSSY = ("JPEG", "WEBP")
+SETS = ("clef", "clefclasses", "folder", "kvasir", "skin", "ham10000", "toy", "toyclasses")  # kinds of nanomed/data
 FRESH = 10_000_000  # first of the toy scenes that evaluations draw; models train on scenes from 0 upwards
 
 
@@ -85,7 +86,7 @@ class ImageSet:
 def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", side: int = 0) -> ImageSet:
     """The set that `spec` names: a folder or a data set. Raises DataError for what is not there or has no images."""
     kind, colon, where = spec.partition(":")
-    if colon and kind in ("clef", "folder", "kvasir", "skin", "ham10000", "toy") and not Path(spec).exists():
+    if colon and kind in SETS and not Path(spec).exists():
         return of_table(data.load(spec, cache, side or 256), name or spec, limit, side)
     root = Path(spec).expanduser()
     if not root.is_dir():

@@ -49,16 +49,19 @@ class Setup:
             raise DataError(f"{where}: {len(fake):,} images, but --paper {self.name} needs {len(self.prompts):,}, one "
                             f"for every row of its prompts; draw them with sample.py")  # fmt: skip
         for row, said in enumerate(fake.prompts):
-            if said[0].strip() != self.prompts[row].strip():
+            known = (self.prompts[row].strip(), *self.labels[row : row + 1])  # a class is the prompt of some systems
+            if said[0].strip() not in known:
                 raise DataError(f"{where}: {fake.title(row)} was drawn from {said[0]!r}, but row {row} of the set-up "
                                 f"is {self.prompts[row]!r}; say the same --seed for both, or draw again")  # fmt: skip
         prompts = tuple((prompt,) for prompt in self.prompts)
         return ImageSet(fake.name, fake.sources, prompts, self.labels, hashes=fake.hashes)
 
 
-def find(name: str, spec: str, cache: str, seed: int = 0) -> Setup:
-    """The set-up of that name over a data set such as clef:DIR. Raises DataError."""
+def find(name: str, spec: str, cache: str, seed: int = 0, captions: str = "") -> Setup:
+    """The set-up of that name over a data set such as clef:DIR, with other `captions` as train.py takes them. Raises
+    DataError."""
     table = data.load(spec, cache, SIDE)
+    table = data.with_captions(table, captions) if captions else table
     if not any(row.prompts for row in table.rows):
         raise DataError(f"{spec}: no prompts, which --paper {name} draws from")
     if name == "mmcp":
