@@ -72,7 +72,7 @@ _PADS = "images are padded for CLIP as for MoVQ; the code crops them for CLIP"
 _NOISE = "the prior's own noise in its loss; the code takes the decoder's"
 _PAPER = "Chaichuk & Tutubalina 2024"
 # 327,680 and 205,824 parameters a rank; the paper prints the prior's rank 48 as 15,728,649, a misprint.
-_SIZES = {"prior": {4: 1_310_720, 48: 15_728_649, 128: 41_943_040}, "decoder": {4: 823_296}}
+_SIZES = {"prior": {4: 1_310_720, 48: 15_728_649, 128: 41_943_040}, "decoder": {4: 823_296, 128: 26_345_472}}
 
 
 def _rank_row(stage: str, rank: int) -> Row:
@@ -92,12 +92,13 @@ def _k3_row(rank: int, eps: str) -> Row:
 
 _MSDM = Row(
     "msdm", "MSDM", "msdm", ("--minmax",),
-    paper={"FID": Number(35, f"{_PAPER}, at 100,000 steps")},
+    paper={PARAMETERS: Number(326_000_000, f"{_PAPER}, which prints 326 M"),
+           "FID": Number(35, f"{_PAPER}, at 100,000 steps")},
     follows="100,000 steps of the U-Net, which the paper's FID of 35 is of; latents scaled, EMA and self-conditioning "
     "on, which the code has off; images stretched one by one, as its code",
 )  # fmt: skip
 _RANGE = "The paper's development FIDs run from 33.6 to 66.9; which number is which row's is not in our facts."
-_RANKS = "Of the paper's ten ranks 4, 48 and 128 are in our facts; the others here lie between. "
+_RANKS = "Of the twenty ranks in the paper's Tables 1 and 2, 4, 48 and 128 are in our facts; others here lie between. "
 _ALL = ("--metrics", "fid,pr,colour,memorisation")
 _DEVELOPMENT = (Column(PARAMETERS, ()), FID, PRECISION, RECALL, F1, COPIES)
 _TOY_DATA = "toy:24"

@@ -115,14 +115,14 @@ def notes(found: Mapping) -> list[str]:
     missing = [heading for heading in found["columns"] if not all(heading in row["paper"] for row in found["rows"])]
     if missing:
         said.append(f"The paper's numbers that are not beside ours, of {', '.join(missing)}: {UNKNOWN}.")
+    told: dict[str, list[str]] = {}  # of which rows the same is to be said
     for row in found["rows"]:
-        sources = [f"{heading} of the paper: {printed['source']}" for heading, printed in row["paper"].items()]
-        said += (
-            [f"{row['label']}: {'; '.join(filter(None, [*sources, row['follows']]))}"]
-            if sources or row["follows"]
-            else []
-        )  # noqa: E501
-        said += [f"{row['label']} failed: {row['error']}"] if row["error"] else []
+        if row["follows"]:
+            told.setdefault(f"follows: {row['follows']}", []).append(row["name"])
+        for heading, printed in row["paper"].items():
+            told.setdefault(f"the paper's {heading}: {printed['source']}", []).append(row["name"])
+    said += [f"{', '.join(names)}: {what}" for what, names in told.items()]
+    said += [f"{row['name']} failed: {row['error']}" for row in found["rows"] if row["error"]]
     flags = {entry["flag"] for row in found["rows"] for entry in row["measured"].values() if entry and "flag" in entry}
     said += sorted(flags)
     said.append("In brackets the 95% interval; the floor is what two disjoint sets of real images score at this N.")
