@@ -123,6 +123,7 @@ def find_sets(config: Config):
         if not config.real:
             raise UsageError(f"--paper {config.paper}: say the paper's data, such as --real clef:DIR")
         setup = papers.find(config.paper, config.real, config.cache, config.seed, config.captions)
+        setup = setup.first(config.limit) if config.limit else setup
         if not config.fake:
             return write_prompts(setup, config)
     if not config.real or not config.fake:
@@ -188,8 +189,9 @@ def write_prompts(setup, config: Config) -> None:
     files.mark_own(path)
     print(f"{setup.note}\n{path}: the prompts. Draw them, then measure what was drawn:")
     print(f"python sample.py --prompts {path} --out {fake}{setup.drawing}")
-    captions = f"--captions {shlex.quote(config.captions)} " if config.captions else ""
-    print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} {captions}--fake {fake} "
+    same = f"--captions {shlex.quote(config.captions)} " if config.captions else ""
+    same += f"--limit {config.limit} " if config.limit else ""
+    print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} {same}--fake {fake} "
           f"--out {config.out}")  # fmt: skip
 
 

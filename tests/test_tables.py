@@ -462,6 +462,8 @@ def test_a_papers_setup_takes_other_captions_and_images_of_classes(tmp_path):
         else:
             with pytest.raises(DataError, match="was drawn from 'moon'"):
                 own.drawn(drawn, "x")
+    few = own.first(4)
+    assert (few.prompts, few.labels, len(few.real), few.train) == (own.prompts[:4], own.labels[:4], 4, own.train)
     with pytest.raises(UsageError, match="--captions empty: they are of the set-up of a --paper"):
         evaluate.find_sets(evaluate.Config(real="a", fake="b", captions="empty"))
 

@@ -10,7 +10,7 @@ medart   Med-Art: 80/20 split of every class; as many images as there are test i
 import csv
 import io
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanomed import data
@@ -42,6 +42,14 @@ class Setup:
         writer.writerow(["prompt", "label"] if self.labels else ["prompt"])
         writer.writerows(zip(self.prompts, self.labels) if self.labels else [[prompt] for prompt in self.prompts])
         files.write_text(path, text.getvalue())
+
+    def first(self, count: int) -> "Setup":
+        """The same with no more than so many prompts and so many real images; training images stay what they are."""
+        real = self.real.keep(range(min(count, len(self.real))))
+        train = real if self.train is self.real else self.train
+        note = f"{self.note}; of each the first {count:,} at most"
+        prompts, labels = self.prompts[:count], self.labels[:count]
+        return replace(self, real=real, train=train, prompts=prompts, labels=labels, note=note)
 
     def drawn(self, fake: ImageSet, where: str) -> ImageSet:
         """The generated images with the prompts and classes they were drawn for; a DataError where they are others."""

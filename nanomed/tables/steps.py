@@ -162,7 +162,8 @@ def _setting(table: Table, row: Row, how: How) -> str:
 
 def _against(table: Table, row: Row, how: How) -> Words:
     captions = _filled((row.captions,), how)[0] or (how.captions if table.setup == "medart" else "")
-    return ("--real", data_of(table, how), *(("--captions", captions) if captions else ()))
+    few = ("--limit", "48") if how.tiny else ()
+    return ("--real", data_of(table, how), *(("--captions", captions) if captions else ()), *few)
 
 
 def _official(table: Table, how: How) -> str:
