@@ -353,6 +353,21 @@ def test_the_printed_numbers_are_those_of_results_json(there, scripts):
     assert "train.py --model msdm" in page
 
 
+def test_the_official_table_reads_the_names_of_three_sets_and_of_one(there, scripts):
+    """evaluate.py names each number's set where there are several; IS is the same of all."""
+    table, results = TABLES["mmcp-3"], {"FID": 0.5, "IS": 2.5}
+    of_three = {"FID [single]": 0.1, "FID [multi]": 0.2, "FID [both]": 0.3} | {f"IS [{name}]": 2.5 for name in
+                ("single", "multi", "both")}  # fmt: skip
+    run(scripts, "mmcp-3", "msdm", how(there))
+    place = there / "out" / "mmcp-3" / "msdm" / "results.json"
+    for found, wanted in ((results, [None, None, 0.5, 2.5]), (of_three, [0.1, 0.2, 0.3, 2.5])):
+        about = {"protocol": "imageclef2024", "n_real": 9, "n_fake": 9}
+        place.write_text(json.dumps({name: about | {"value": value} for name, value in found.items()}))
+        _, outcomes, _ = run(scripts, "mmcp-3", "msdm", how(there))
+        row = printing.gathered(table, outcomes, how(there))["rows"][1]
+        assert [entry and entry["value"] for entry in row["measured"].values()] == wanted
+
+
 def test_a_table_of_stand_ins_says_so(there, scripts, monkeypatch):
     settings = how(there, tiny=True, data="", places=("--cache", str(there / "cache")))
     _, outcomes, _ = run(scripts, "mmcp-2", "msdm", settings)

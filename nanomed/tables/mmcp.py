@@ -10,7 +10,6 @@ from nanomed.tables.rows import (
     F1,
     FID,
     INCEPTION,
-    IS,
     PARAMETERS,
     PRECISION,
     RECALL,
@@ -119,7 +118,7 @@ TABLES = (
     Table(
         "mmcp-3", "The official protocol: the organisers' script, single, multi and both",
         (*(Column(f"FID {name}", (f"FID [{name}]", *also)) for name, also in
-           (("single", ()), ("multi", ()), ("both", ("FID",)))), IS),
+           (("single", ()), ("multi", ()), ("both", ("FID",)))), Column("IS", ("IS [single]", "IS"))),
         (Row("kandinsky2", "Kandinsky 2.2, ranks 128 and 128", "kandinsky2-decoder-128", DRAWN),
          Row("msdm", "MSDM", "msdm", ("--minmax",))),
         "clef", "mmcp", ("--protocol", "imageclef2024"), _TOY_DATA,
