@@ -11,6 +11,7 @@ Every number carries N, its protocol, an interval, what real images score agains
 the network. A set is a folder of images, of class folders, or a data set as train.py takes it (clef:DIR, toy:N, ...).
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ class Config:
     metrics: str = ""  # such as fid,kid,pr,dino,cmmd (a name that is none lists them), or all; empty: the usual ones
     protocol: Annotated[str, PROTOCOLS] = "tf"  # tf: the papers' own; of torchmetrics the versions from 1.8 on
     paper: Annotated[str, " | mmcp | medart"] = ""  # the paper's own choice of prompts and real images
+    captions: str = ""  # with --paper: in place of the data's own prompts, as train.py takes them
     compare: str = ""  # results to put side by side: folders or NAME=FOLDER
     inception: str = ""  # the Inception file; empty: weights/inception/
     classifier: str = ""  # what classify starts from: a folder, or tiny; empty: google/vit-base-patch16-224-in21k
@@ -120,10 +122,13 @@ def find_sets(config: Config):
     from nanomed.evaluation import imagesets, measuring, papers, statistics
 
     setup = None
+    if config.captions and not config.paper:
+        raise UsageError(f"--captions {config.captions}: they are of the set-up of a --paper, which is not said")
     if config.paper:
         if not config.real:
             raise UsageError(f"--paper {config.paper}: say the paper's data, such as --real clef:DIR")
-        setup = papers.find(config.paper, config.real, config.cache, config.seed, config.range)
+        setup = papers.find(config.paper, config.real, config.cache, config.seed, config.captions, config.range)
+        setup = setup.first(config.limit) if config.limit else setup
         if not config.fake:
             return write_prompts(setup, config)
     if not config.real or not config.fake:
@@ -192,8 +197,11 @@ def write_prompts(setup, config: Config) -> None:
     files.mark_own(path)
     print(f"{setup.note}\n{path}: the prompts. Draw them, then measure what was drawn:")
     print(f"python sample.py --prompts {path} --out {fake}{setup.drawing}")
-    print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} --fake {fake} "
-          f"--out {config.out}{f' --range {config.range}' if config.range else ''}")  # fmt: skip
+    same = f"--captions {shlex.quote(config.captions)} " if config.captions else ""
+    same += f"--limit {config.limit} " if config.limit else ""
+    same += f"--range {config.range} " if config.range else ""
+    print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} {same}--fake {fake} "
+          f"--out {config.out}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the results
