@@ -16,7 +16,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 import evaluate
 from nanomed import weights
-from nanomed.data import clef, toy
+from nanomed.data import toy
+from nanomed.data.readers import clef
 from nanomed.data.table import DataError
 from nanomed.evaluation import final, imagesets, measuring, statistics, toyworld
 from nanomed.metrics import clef as organisers

@@ -85,11 +85,12 @@ def load(
 def _read(spec: str, cache: str | Path, size: int, problems: list[DataError] | None) -> Table:
     kind, _, where = spec.partition(":")
     if kind in ("toyclasses", "clefclasses"):
-        from nanomed.data import classes
+        from nanomed.data.readers import classes
 
         return classes.by_polyps(load(f"{kind.removesuffix('classes')}:{where}", cache, size, problems))
     if kind == "toy":
-        from nanomed.data import clef, toy
+        from nanomed.data import toy
+        from nanomed.data.readers import clef
 
         if where and not (where.isdecimal() and int(where)):
             raise DataError(f"{spec}: say toy:N with the number of images")
@@ -104,7 +105,7 @@ def _read(spec: str, cache: str | Path, size: int, problems: list[DataError] | N
         raise DataError(f"--data {spec}: say toy, toy:N, {names}")
     import importlib
 
-    module = importlib.import_module(f"nanomed.data.{readers[kind]}")
+    module = importlib.import_module(f"nanomed.data.readers.{readers[kind]}")
     if readers[kind] == "classes":
         return module.load(where, kind, problems)
     return module.load(where, problems)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanomed.data import grammar
-from nanomed.data.ham10000 import DIAGNOSES
 from nanomed.data.images import listing
+from nanomed.data.readers.ham10000 import DIAGNOSES
 from nanomed.data.table import DataError, Row, Table
 
 TEMPLATES = {"kvasir": "An endoscopic image of {category}", "skin": "A dermoscopic image of {category}"}
