@@ -11,6 +11,7 @@ Every number carries N, its protocol, an interval, what real images score agains
 the network. A set is a folder of images, of class folders, or a data set as train.py takes it (clef:DIR, toy:N, ...).
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ class Config:
     metrics: str = ""  # such as fid,kid,pr,dino,cmmd (a name that is none lists them), or all; empty: the usual ones
     protocol: Annotated[str, PROTOCOLS] = "tf"  # tf: the papers' own; of torchmetrics the versions from 1.8 on
     paper: Annotated[str, " | mmcp | medart"] = ""  # the paper's own choice of prompts and real images
+    captions: str = ""  # with --paper: in place of the data's own prompts, as train.py takes them
     compare: str = ""  # results to put side by side: folders or NAME=FOLDER
     inception: str = ""  # the Inception file; empty: weights/inception/
     classifier: str = ""  # what classify starts from: a folder, or tiny; empty: google/vit-base-patch16-224-in21k
@@ -120,10 +122,13 @@ def find_sets(config: Config):
     from nanomed.evaluation import imagesets, measuring, papers, statistics
 
     setup = None
+    if config.captions and not config.paper:
+        raise UsageError(f"--captions {config.captions}: they are of the set-up of a --paper, which is not said")
     if config.paper:
         if not config.real:
             raise UsageError(f"--paper {config.paper}: say the paper's data, such as --real clef:DIR")
-        setup = papers.find(config.paper, config.real, config.cache, config.seed, config.range)
+        setup = papers.find(config.paper, config.real, config.cache, config.seed, config.captions, config.range)
+        setup = setup.first(config.limit) if config.limit else setup
         if not config.fake:
             return write_prompts(setup, config)
     if not config.real or not config.fake:
@@ -143,6 +148,8 @@ def find_sets(config: Config):
         if len(specs) == 1 and statistics.holds(specs[0]):
             known[name] = statistics.read(specs[0])
             continue
+        if together := [spec for spec in specs if statistics.holds(spec)]:
+            raise UsageError(f"--real {'+'.join(specs)}: {together[0]} holds statistics, which join with nothing")
         for spec in specs:
             if spec == "toy":
                 found[spec] = imagesets.fresh_scenes(len(fake), imagesets.side_of(fake))
@@ -169,16 +176,16 @@ def find_sets(config: Config):
 
 def named(spec: str) -> dict[str, list[str]]:
     """{name: sets} of a --real: "A", "A,B", "one=A,two=B,both=A+B"."""
-    if Path(spec).is_dir():
+    if Path(spec).exists():
         return {spec: [spec]}
     sets: dict[str, list[str]] = {}
     for item in filter(None, (item.strip() for item in spec.split(","))):
         name, equals, where = item.partition("=")
-        if not equals or Path(item).is_dir():
+        if not equals or Path(item).exists():
             name = where = item
         if name in sets:
             raise UsageError(f"--real {spec}: two sets are called {name}")
-        sets[name] = [where] if Path(where).is_dir() or data.there(where) else where.split("+")
+        sets[name] = [where] if Path(where).exists() or data.there(where) else where.split("+")
     return sets
 
 
@@ -190,8 +197,11 @@ def write_prompts(setup, config: Config) -> None:
     files.mark_own(path)
     print(f"{setup.note}\n{path}: the prompts. Draw them, then measure what was drawn:")
     print(f"python sample.py --prompts {path} --out {fake}{setup.drawing}")
-    print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} --fake {fake} "
-          f"--out {config.out}{f' --range {config.range}' if config.range else ''}")  # fmt: skip
+    same = f"--captions {shlex.quote(config.captions)} " if config.captions else ""
+    same += f"--limit {config.limit} " if config.limit else ""
+    same += f"--range {config.range} " if config.range else ""
+    print(f"python evaluate.py --paper {setup.name} --real {config.real} --seed {config.seed} {same}--fake {fake} "
+          f"--out {config.out}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the results

@@ -182,6 +182,8 @@ def check(config: Config, before: dict, system, ranks: Ranks) -> None:
                 raise UsageError(f"--rank {own.rank}: the {part} of stage {stage} has no layers named for adapters")
         if not own.rank:
             system.trainable(stage)
+    if getattr(config, "buckets", False) and len(system.bucket_shapes()) == 1:
+        raise UsageError(f"--buckets: {config.model} draws images of one shape, {system.size} x {system.size}")
     done = runs.stages_of(config.resume or config.base) if config.resume or config.base else []
     missing = [stage for stage in system.stages if stage not in done]
     if config.stage in missing and system.in_order and config.stage != missing[0] and not config.dry_run:
@@ -215,7 +217,7 @@ def read_data(config: Config, before: dict, system, ranks: Ranks):
     decided = before["ranges"] if same else ranges.of_table(table, config.range) if ranks.first else []
     config.decided = ranks.agree(decided)
     table = ranges.ranged(table, config.decided)
-    if system.pad:
+    if system.pad and not getattr(config, "buckets", False):
         table = data.padded(table)
     if config.captions:
         table = data.with_captions(table, config.captions)

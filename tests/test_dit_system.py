@@ -21,8 +21,8 @@ import train
 from nanomed import data, systems, weights
 from nanomed.adapters import lora
 from nanomed.data import DataError
-from nanomed.data.classes import class_of, named
 from nanomed.data.prompts import read_prompts
+from nanomed.data.readers.classes import class_of, named
 from nanomed.denoisers.dit import DiT, DiTConfig, positions
 from nanomed.run import runs
 from nanomed.systems.dit import KVASIR, RECIPES, ClassDiT

@@ -16,14 +16,15 @@ from PIL import Image, ImageFilter, ImageOps
 
 import evaluate
 from nanomed import weights
-from nanomed.data import clef, toy
+from nanomed.data import toy
+from nanomed.data.readers import clef
 from nanomed.data.table import DataError
-from nanomed.evaluation import final, imagesets, measuring, toyworld
+from nanomed.evaluation import final, imagesets, measuring, statistics, toyworld
 from nanomed.metrics import clef as organisers
 from nanomed.metrics import diversity, entries, features, frd, scores
 from nanomed.metrics.features import inception_features
 from nanomed.metrics.networks import inception, vit
-from nanomed.run import files
+from nanomed.run import files, ranks
 from nanomed.run.flags import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -880,3 +881,67 @@ def test_nothing_is_written_over_what_evaluate_did_not_write(folders, tmp_path, 
     with pytest.raises(UsageError, match="x.safetensors is there already"):
         evaluate.main()
     assert {(tmp_path / "out" / name).read_text() for name in ("compare.html", "x.safetensors")} == {"mine"}
+
+
+def test_two_sets_of_the_same_files_keep_their_own_names_and_classes(folders, tmp_path):
+    """What is seen in files is kept by their hashes; what is said of them is not."""
+    for name, first, second in (("one", "polyp", "normal"), ("two", "ulcer", "polyp")):
+        for kind, files_of in ((first, range(6)), (second, range(6, 12))):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i in files_of:
+                shutil.copy(folders / "real" / f"{i:03d}.jpg", tmp_path / name / kind / f"{i:03d}.jpg")
+    eyes = measuring.Eyes(measuring.Settings(cache=str(tmp_path / "cache")), ranks.ALONE)
+    looked = [eyes.look(imagesets.find(str(tmp_path / name))) for name in ("one", "two")]
+    assert [images.name for images in looked] == [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert [set(images.labels) for images in looked] == [{"polyp", "normal"}, {"ulcer", "polyp"}]
+    assert eyes.look(looked[0]) is looked[0] and len(eyes.survey(looked[1]).columns["size"]) == 12
+
+
+def test_too_many_neighbours_cost_the_interval_and_not_the_number(run, folders):
+    """Of 20 images a group of the jackknife leaves 18; density and coverage know nothing of --k."""
+    results = run("--real", folders / "real", "--fake", folders / "fake", "--metrics", "pr,dc", "--k", "18")
+    assert "interval" not in results["precision"] and results["precision"]["protocol"].endswith("k = 18")
+    assert "interval" in results["density"] and results["density"]["protocol"].endswith("k = 5")
+
+
+def test_all_goes_on_where_images_cannot_be_looked_at(run, folders, tmp_path, capsys):
+    """An image of 5 x 5 pixels has no texture: the radiomic distance is lacking, and nothing else."""
+    (tmp_path / "tiny").mkdir()
+    for i in range(12):
+        Image.fromarray(toy.render(toy.scene(i), 64)).resize((5, 5)).save(tmp_path / "tiny" / f"{i}.png")
+    results = run("--real", folders / "real", "--fake", tmp_path / "tiny", "--metrics", "all", "--intervals", "False")
+    assert "FID" in results and "FRD v1" not in results and "5 x 5 pixels has no texture" in capsys.readouterr().out
+
+
+def test_is_is_lacking_where_the_stand_in_has_no_classes(run, folders, capsys):
+    words = ["--real", "toy:20", "--fake", folders / "fake"]
+    results = run(*words, "--metrics", "all", "--intervals", "False", inception=False)
+    assert "toy-classifier KID" in results and re.search(r"\bis\b: .*Inception", capsys.readouterr().out)
+    with pytest.raises(FileNotFoundError, match="Inception"):
+        run(*words, "--metrics", "is", inception=False)
+
+
+@pytest.mark.parametrize("mu, sigma, said", [
+    (np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), "a direction of variance -1"),
+    (np.zeros(3), np.eye(3) * 1j, "complex"), (np.array([None]), np.eye(1), "no arrays of numbers"),
+])  # fmt: skip
+def test_a_sigma_that_is_no_covariance_is_refused(tmp_path, mu, sigma, said):
+    np.savez(tmp_path / "x.npz", mu=mu, sigma=sigma)
+    with pytest.raises(DataError, match=said) as refused:
+        statistics.read(tmp_path / "x.npz")
+    assert "allow_pickle" not in str(refused.value)
+
+
+def test_statistics_do_not_say_their_protocol_and_join_with_nothing(run, folders, network, tmp_path, capsys):
+    with torch.inference_mode():
+        features, _ = inception_features(inception.load(network), arrays(folders / "real"))
+    mean, covariance = scores.moments(features.double())
+    for name in ("one+two.npz", "a=b.npz", "a,b.npz"):  # a file's name is no formula
+        np.savez(tmp_path / name, mu=mean, sigma=covariance)
+        results = run("--real", tmp_path / name, "--fake", folders / "fake", "--metrics", "fid", "--intervals", "False")
+        assert list(results) == ["FID"]
+    assert "does not say how its features were made" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="join with nothing"):
+        run("--real", f"x={tmp_path / 'a=b.npz'}+{folders / 'real'}", "--fake", folders / "fake")
+    with pytest.raises(DataError, match="is a file"):
+        run("--real", folders / "real", "--fake", tmp_path / "a=b.npz")

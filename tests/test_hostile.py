@@ -6,6 +6,7 @@ Where a value is accepted the work behind it is replaced by next to nothing, so 
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 import evaluate
 import nanomed.captions.paraphrase
 import nanomed.data.__main__
+import nanomed.tables.__main__
 import nanomed.weights.__main__
 import sample
 import train
@@ -70,6 +72,7 @@ def there(place, monkeypatch):
     monkeypatch.setattr(train, "train_stage", lambda *a: True)
     monkeypatch.setattr(train, "draw_and_evaluate", lambda *a: {})
     monkeypatch.setattr("nanomed.training.plan.dry_run", lambda *a: None)
+    monkeypatch.setattr("nanomed.tables.running.Runner.rows", lambda runner, rows: [])
     two = grammar.all_prompts()[:2]
     monkeypatch.setattr(grammar, "all_prompts", lambda: list(two))
     monkeypatch.setattr(toyworld, "train_stand_in", lambda path: 1.0)
@@ -106,6 +109,8 @@ COMMANDS = {  # main, its flags, what is said besides, and the words that stand 
     "nanomed.weights": (nanomed.weights.__main__.main, nanomed.weights.__main__.Config, ["check"], ("verb", "names")),
     "nanomed.captions.paraphrase": (nanomed.captions.paraphrase.main, nanomed.captions.paraphrase.Config, ["out.csv"],
                                     ("file",)),
+    "nanomed.tables": (nanomed.tables.__main__.main, nanomed.tables.__main__.Config,
+                       ["run", "mmcp-2", "--tiny", "--out", "out"], ("verb", "table")),
 }  # fmt: skip
 
 

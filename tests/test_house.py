@@ -34,6 +34,8 @@ WALLS = {  # a wing, and the wings that its files may import besides their own; 
     # floor 5: what the scripts call; a system is handed to them
     "training": "adapters metrics data weights run",
     "drawing": "weights run",
+    # floor 6: tables of both papers, which start the scripts as processes
+    "tables": "drawing training systems evaluation metrics data weights run",
 }
 SCRIPTS = ["train.py", "sample.py", "evaluate.py"]
 
@@ -189,7 +191,7 @@ def test_importing_the_package_does_not_import_torch():
 
 
 GUIDES = ["README.md", "CONTRIBUTING.md", "nanomed/systems/README.md", "nanomed/evaluation/README.md",
-          "nanomed/captions/README.md"]  # fmt: skip
+          "nanomed/captions/README.md", "nanomed/tables/README.md"]  # fmt: skip
 
 
 def commands() -> list[str]:

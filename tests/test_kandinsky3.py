@@ -59,6 +59,27 @@ def test_outputs_equal_diffusers(saved):
         close(load_kandinsky3(folder, torch.float64)(**inputs(torch.float64)), expected, 1e-10)
 
 
+def test_a_text_that_was_read_once_gives_the_same_bits(saved):
+    """`read_text` and then steps that see no text any more, against the text in every step: equal, gradients too."""
+    unet = load_kandinsky3(saved[1]).requires_grad_(True)
+    batch = inputs(torch.float32)
+    text = [batch.pop(name) for name in ("prompt_embeds", "attention_mask")]
+    read = unet.read_text(*text)
+    layers = [layer for attention in unet._readers() for layer in (attention.to_k, attention.to_v)]
+    assert len(layers) == 2 * 3 * 2 * 2  # three levels, two cross-attentions in each, down and up
+    layers += [unet.encoder_hid_proj, unet.add_time_condition]
+    calls = [layer.register_forward_hook(lambda *_: pytest.fail("the text was read again")) for layer in layers]
+    first = [unet(batch["x"], t * torch.ones_like(batch["t"]), **read) for t in (0, 500)]
+    for call in calls:
+        call.remove()
+    again = [unet(batch["x"], t * torch.ones_like(batch["t"]), *text) for t in (0, 500)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    parameters = list(unet.parameters())
+    grads = [torch.autograd.grad(sum(out.square().sum() for out in outs), parameters) for outs in (first, again)]
+    largest = max(grad.abs().max() for grad in grads[1])
+    assert all((a - b).abs().max() <= 1e-6 * largest for a, b in zip(*grads))
+
+
 def test_in_float32_it_is_as_near_to_the_truth_as_diffusers():
     """A random network makes of rounding a few 1e-5, in either program, so that the two cannot agree to 1e-5. Over four
     networks the mean of the largest errors against float64 is at most 1.5 times diffusers', and each below 1e-4."""

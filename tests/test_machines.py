@@ -113,14 +113,14 @@ def test_a_lock_is_taken_on_a_byte_behind_the_end(windows, tmp_path):
 
     def locking(descriptor, mode, count):
         places.append(os.lseek(descriptor, 0, os.SEEK_CUR))
-        if len(places) == 1:
-            raise OSError(36, "Resource deadlock avoided")  # ten seconds in vain: it is tried again
+        if len(places) in (1, 3):
+            raise OSError(13, "Permission denied")  # another process holds it: it is tried again, or not
 
-    windows.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_LOCK=1))
+    windows.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
     with open(tmp_path / "journal", "w+b", buffering=0) as file:
         file.write(b"abc")
-        files.lock(file)
-        assert places == [1 << 40] * 2 and file.tell() == 3
+        assert files.lock(file) and places == [1 << 40] * 2 and file.tell() == 3
+        assert not files.lock(file, wait=False) and file.tell() == 3
 
 
 def test_a_lock_keeps_others_out_until_the_file_is_closed(tmp_path):

@@ -413,6 +413,31 @@ def test_cached_fields_give_the_same_loss(kind, folders):
     assert system(system.example("unet", 1, torch.device("cpu")), "unet", 0)["loss"].isfinite()
 
 
+def test_sdxl_is_told_the_true_sizes(folders):
+    """The loss of a batch with "sizes" is that of the network called with them as `time_ids`; without, that of images
+    that are whole. Both differ."""
+    system = nanomed.load("sdxl", weights=folders["sdxl"])
+    generator = torch.Generator().manual_seed(2)
+    batch = {"image": torch.rand(2, 3, 48, 80, generator=generator) * 2 - 1, "prompt": ["a polyp", "box"]}
+    told = torch.tensor([[576, 720, 0, 6, 48, 80], [1080, 1920, 3, 0, 48, 80]])
+    whole = torch.tensor([[48, 80, 0, 0, 48, 80]] * 2)
+    losses = {}
+    with torch.no_grad():
+        text = system.encode_text(batch["prompt"])
+        for name, given in (("true", batch | {"sizes": told}), ("whole", batch)):
+            torch.manual_seed(6)
+            losses[name] = system(given, "unet", 0)["loss"]
+            ids = given.get("sizes", whole)
+            torch.manual_seed(6)
+            x0 = system.latents(batch)
+
+            def predict(x, t, ids=ids):
+                return system.unet(x, t, text["prompt_embeds"], text["text_embeds"], ids)
+
+            close(losses[name], system.denoising_loss(predict, x0), 1e-6)
+    assert abs(losses["true"] - losses["whole"]) > 1e-4 * losses["whole"]
+
+
 def test_min_snr_weights_the_loss(folders):
     losses = []
     for gamma in (0.0, 0.5):

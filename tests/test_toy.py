@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from nanomed.data import clef, grammar, toy
+from nanomed.data import grammar, toy
+from nanomed.data.readers import clef
 
 
 def truth(scene: toy.Scene) -> dict:

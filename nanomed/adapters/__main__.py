@@ -4,7 +4,8 @@
     python -m nanomed.adapters RUN --to diffusers --out FILE         also peft, kohya
     python -m nanomed.adapters RUN --merge --out FOLDER              whole weights in the published layout
 
-RUN is a run of train.py, or an adapter's file or folder. Exit code 0; 2: the command line; 4: the files.
+RUN is a run of train.py, or an adapter's file (also one of kohya's keys) or folder. Exit code 0; 2: the command line;
+4: the files.
 """
 
 import argparse

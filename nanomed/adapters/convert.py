@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanomed import weights
-from nanomed.adapters import formats, onto
+from nanomed.adapters import formats, kohya, onto
 from nanomed.adapters.layer import attach
 from nanomed.adapters.lora import by_pattern
 from nanomed.adapters.onto import Source
@@ -27,41 +27,64 @@ _NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitu
 
 
 def read(path: Path) -> list[Adapters]:
-    """The adapters of a run, a folder or a file, those that lie below first. Raises WeightsError for kohya's files,
-    whose names of layers have lost their dots."""
+    """The adapters of a run, a folder or a file, those that lie below first. The names in kohya's files, which have
+    lost their dots, are cut where known words end (kohya.py); WeightsError for those that are not made of them."""
     return [_adapters(some) for some in onto.sources(path)]
 
 
 def _adapters(some: Sequence[Source]) -> Adapters:
     found: Adapters = {}
     for source in some:
-        if source.kohya:
-            raise WeightsError(f"{source.file}: kohya's keys do not say where the dots of a layer's name are; a run "
-                               f"that starts from it (train.py --lora) can be written in every format")  # fmt: skip
         for prefix, (part, tensors) in onto.groups(source).items():
             settings = source.settings
             if prefix and settings:
                 settings = {k[len(prefix) :]: v for k, v in settings.items() if k.startswith(prefix)}
+            if source.kohya:
+                tensors = _dotted(source, prefix, tensors)
+                part = part or ("unet" if kohya.is_unet(next(iter(tensors))[len(prefix) :]) else "")
             found[part or "transformer"] = _stored(source, prefix, tensors, settings)
+    return found
+
+
+def _dotted(source: Source, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of kohya's keys with the dots of their layers' names."""
+    paths = {}
+    for key in tensors:
+        if not (match := formats.KEY.fullmatch(key, len(prefix))):
+            raise WeightsError(f"{source.file}: {key} is no tensor of a LoRA")
+        paths[key] = match["path"]
+    names = kohya.named(dict.fromkeys(paths.values()), source.file)
+    found = {f"{prefix}{names[paths[key]]}{key[len(prefix) + len(paths[key]) :]}": t for key, t in tensors.items()}
+    if len(found) < len(tensors):
+        raise WeightsError(f"{source.file}: two of its layers are the same one")
     return found
 
 
 def _stored(source: Source, prefix: str, tensors: Mapping[str, Tensor], settings: dict) -> formats.Stored:
     named: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
+    scales: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = formats.KEY.fullmatch(key, len(prefix))
         slot = next((slot for slot in formats.SPELLINGS if match and match[slot]), "")
-        if not match or slot not in (*_NAMES, "alpha"):
+        if not match or slot not in (*_NAMES, "alpha", "dora_scale"):
             raise WeightsError(f"{source.file}: {key} is no tensor of a LoRA")
         layer = match["path"].removeprefix("base_model.model.")
         if slot == "alpha":
             alphas[layer] = float(tensor)
+        elif slot == "dora_scale":
+            scales[layer] = tensor
         else:
             named[f"{layer}.{_NAMES[slot]}"] = tensor
     layers = sorted({name.partition(".lora_")[0] for name in named})
     if odd := [name for name in layers if not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= named.keys()]:
         raise WeightsError(f"{source.file}: {odd[0]} has not both A and B")
+    for layer, scale in scales.items():
+        outs = len(named.get(f"{layer}.lora_B.weight", ()))
+        if scale.numel() != outs or scale.dim() > 1 and len(scale) != outs:
+            raise WeightsError(f"{source.file}: the DoRA magnitude of {layer} is {tuple(scale.shape)}, not one per "
+                               f"output channel")  # fmt: skip
+        named[f"{layer}.{_NAMES['magnitude']}"] = scale.flatten()
     if not settings:
         ranks = {name: len(named[f"{name}.lora_A.weight"]) for name in layers}
         settings = _settings(ranks, {name: alphas.get(name, ranks[name]) for name in layers})

@@ -1,6 +1,7 @@
 """Files to images and prompts: one reader a file, all of them to one table.
 
 toy, toy:N        the embedded world (toy.py), N images
+toyclasses:N      the same with a class for every image, by its polyps; clefclasses:DIR too
 clef:DIR          ImageCLEFmed MEDVQA-GI
 folder:DIR        images with metadata.csv or metadata.jsonl, or a .txt beside each
 kvasir:DIR        class folders, captions from their names
@@ -29,7 +30,7 @@ __all__ = [
 TOY_IMAGES = 2000
 
 
-KINDS = ("toy", "clef", "folder", "kvasir", "ham10000", "skin")
+KINDS = ("toy", "toyclasses", "clef", "clefclasses", "folder", "kvasir", "ham10000", "skin")
 _NEXT = re.compile(rf"\+(?=(?:{'|'.join(KINDS)})(?:[:+*]|$))")  # a plus before the name of a kind begins another set
 
 
@@ -83,8 +84,13 @@ def load(
 
 def _read(spec: str, cache: str | Path, size: int, problems: list[DataError] | None) -> Table:
     kind, _, where = spec.partition(":")
+    if kind in ("toyclasses", "clefclasses"):
+        from nanomed.data.readers import classes
+
+        return classes.by_polyps(load(f"{kind.removesuffix('classes')}:{where}", cache, size, problems))
     if kind == "toy":
-        from nanomed.data import clef, toy
+        from nanomed.data import toy
+        from nanomed.data.readers import clef
 
         if where and not (where.isdecimal() and int(where)):
             raise DataError(f"{spec}: say toy:N with the number of images")
@@ -99,7 +105,7 @@ def _read(spec: str, cache: str | Path, size: int, problems: list[DataError] | N
         raise DataError(f"--data {spec}: say toy, toy:N, {names}")
     import importlib
 
-    module = importlib.import_module(f"nanomed.data.{readers[kind]}")
+    module = importlib.import_module(f"nanomed.data.readers.{readers[kind]}")
     if readers[kind] == "classes":
         return module.load(where, kind, problems)
     return module.load(where, problems)

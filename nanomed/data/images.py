@@ -18,12 +18,13 @@ import math
 import re
 import stat
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nanomed.data import dicom
@@ -160,6 +161,17 @@ def _opened(path: str | Path, make: Callable[[Image.Image], T]) -> T:
         raise DataError(f"{path}: not a {', '.join(FORMATS)} image") from None
     except Exception as error:  # whatever a decoder makes of bytes it did not expect
         raise DataError(f"{path}: damaged image ({error}); get the file again") from None
+
+
+@cache
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of the image that `open_rgb` gives, from the file's header alone where that says it."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # what it is, open_rgb says
+        return open_rgb(path).size
 
 
 def to_rgb(image: Image.Image, span: str = "", path: Path = Path()) -> Image.Image:

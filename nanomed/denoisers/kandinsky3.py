@@ -1,7 +1,8 @@
 """Kandinsky 3's denoiser: a U-Net of bottleneck blocks that reads the text itself, without a prior.
 
     unet = load_kandinsky3("weights/kandinsky-community/kandinsky-3/unet", dtype=torch.bfloat16)
-    epsilon = unet(x, t, prompt_embeds, attention_mask)
+    read = unet.read_text(prompt_embeds, attention_mask)  # once for a prompt, not for a step
+    epsilon = unet(x, t, **read)
 
 Arkhipkin et al. 2023, section 3; the residual block is BigGAN-deep's (Brock et al. 2019, appendix B): convolutions of
 1, 3, 3 and 1, narrow in the middle. Every norm is scaled and shifted by the time. FLAN-UL2's states come in two ways:
@@ -10,7 +11,7 @@ published ones.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -153,10 +154,14 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
 
-    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (B, N, dim), context (B, L, context) -> (B, N, cout); bias (B, 1, 1, L) is added to the scores."""
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, L, cout) of a context (B, L, context): of a text, the same in every step."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (B, N, dim), keys and values (B, L, cout) -> (B, N, cout); bias (B, 1, 1, L) is added to the scores."""
+        q = self.split(self.to_q(x))
+        out = F.scaled_dot_product_attention(q, self.split(k), self.split(v), attn_mask=bias)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -169,7 +174,7 @@ class AttentionPooling(nn.Module):
         self.attention = Attention(context, context, time, head_dim)
 
     def forward(self, context: Tensor, bias: Tensor) -> Tensor:  # (B, L, D) -> (B, time)
-        return self.attention(context.mean(1, keepdim=True), context, bias).squeeze(1)
+        return self.attention(context.mean(1, keepdim=True), *self.attention.keys_values(context), bias).squeeze(1)
 
 
 class AttentionBlock(nn.Module):
@@ -183,9 +188,12 @@ class AttentionBlock(nn.Module):
         widen = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.feed_forward = nn.Sequential(widen, nn.SiLU(), nn.Conv2d(4 * channels, channels, 1, bias=False))
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, kv: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, H, W); the keys and values of a text, or None: those of the pixels."""
         pixels = self.in_norm(x, time).permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C), a view where channels are last
-        out = self.attention(pixels, pixels if context is None else context, bias)
+        out = self.attention(pixels, *(kv or self.attention.keys_values(pixels)), bias)
         x = x + out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         widen, _, narrow = self.feed_forward
         return x + convolve(narrow, F.silu(convolve(widen, self.out_norm(x, time))))
@@ -233,13 +241,14 @@ class Level(nn.Module):
             for i, (_, w, cout) in enumerate(widths)
         ])  # fmt: skip
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, kvs: Iterator[tuple[Tensor, Tensor]], bias: Tensor) -> Tensor:
+        """`kvs` are the keys and values of the text, of which every cross-attention takes the next."""
         if self.attends and self.way == "down":
             x = self.attentions[0](x, time)
         for i, (enter, leave) in enumerate(zip(self.resnets_in, self.resnets_out)):
             x = enter(x, time)
             if self.attends:
-                x = self.attentions[i + 1](x, time, context, bias)
+                x = self.attentions[i + 1](x, time, next(kvs), bias)
             x = leave(x, time)
         if self.attends and self.way == "up":
             x = self.attentions[0](x, time)
@@ -272,29 +281,61 @@ class Kandinsky3UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.groups, inner)
         self.conv_out = nn.Conv2d(inner, c.in_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """x (B, 4, h, w) with sides that are multiples of 8, t int64 (B,), prompt_embeds (B, L, 4096), attention_mask
-        bool (B, L) -> epsilon (B, 4, h, w).
+    def read_text(self, prompt_embeds: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Everything the network makes of a text, which is the same at every timestep; differentiable.
+
+        prompt_embeds (B, L, 4096), attention_mask bool (B, L). Returns arguments of `forward`: `kv` (B, L, keys and
+        values of all cross-attentions side by side), `pooled` (B, time_embedding_dim) and the `attention_mask`.
 
         L has a say, through the mean of `AttentionPooling`. A row whose mask is false throughout, as the published
         null text's is, attends to all its places alike.
         """
-        text = self.encoder_hid_proj(prompt_embeds.to(x.dtype))  # (B, L, D)
-        # not minus infinity: a row without any text would be not a number
-        bias = ((1 - attention_mask.to(x.dtype)) * -10_000.0)[:, None, None, :]  # (B, 1, 1, L)
-        width = self.conv_in.out_channels
-        time = self.time_embedding(sinusoid(t, width).to(x.dtype)) + self.add_time_condition(text, bias)
+        text = self.encoder_hid_proj(prompt_embeds.to(self.conv_in.weight.dtype))  # (B, L, D)
+        pooled = self.add_time_condition(text, scores_bias(attention_mask, text.dtype))
+        kv = [tensor for attention in self._readers() for tensor in attention.keys_values(text)]
+        return {"kv": torch.cat(kv, dim=-1), "pooled": pooled, "attention_mask": attention_mask}
+
+    def _readers(self) -> Iterator[Attention]:
+        """The cross-attentions in the order they run."""
+        for level in [*self.down_blocks, *self.up_blocks]:
+            for block in level.attentions[1:] if level.attends else ():
+                yield block.attention
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        kv: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, 4, h, w) with sides that are multiples of 8, t int64 (B,), the text raw or as `read_text` returns it
+        -> epsilon (B, 4, h, w)."""
+        if kv is None:
+            return self(x, t, **self.read_text(prompt_embeds, attention_mask))
+        widths = [attention.to_k.out_features for attention in self._readers() for _ in "kv"]
+        tensors = iter(kv.split(widths, dim=-1))
+        kvs = zip(tensors, tensors)  # in pairs
+        bias = scores_bias(attention_mask, x.dtype)
+        time = self.time_embedding(sinusoid(t, self.conv_in.out_channels).to(x.dtype)) + pooled
         time = F.silu(time)  # every norm begins with it
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for level in self.down_blocks:
-            x = level(x, time, text, bias)
+            x = level(x, time, kvs, bias)
             skips.append(x)
         x = skips.pop()  # the innermost level's goes straight on
         for i, level in enumerate(self.up_blocks):
-            x = level(torch.cat([x, skips.pop()], dim=1) if i else x, time, text, bias)
+            x = level(torch.cat([x, skips.pop()], dim=1) if i else x, time, kvs, bias)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def scores_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores, (B, 1, 1, L), for a mask bool (B, L)."""
+    # not minus infinity: a row without any text would be not a number
+    return ((1 - mask.to(dtype)) * -10_000.0)[:, None, None, :]
 
 
 def places(mask: Tensor, most: int) -> int:

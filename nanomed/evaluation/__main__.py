@@ -3,34 +3,40 @@
     python -m nanomed.evaluation --out results/damages      matrix.html, matrix.json, matrix.md; about ten minutes
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from nanomed.evaluation import damages
-from nanomed.run import files
+from nanomed.run import files, flags
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m nanomed.evaluation", description=__doc__)
-    parser.add_argument("--out", default="results/damages", help="folder for the page, the JSON and the table")
-    parser.add_argument("--images", type=int, default=200, help="on each side; 40 or more")
-    parser.add_argument("--side", type=int, default=64, help="pixels")
-    args = parser.parse_args(arguments)
-    if args.images < 40 or args.side < 32:
-        parser.error("--images 40 or more, of --side 32 or more")
-    counts = sorted({n for n in (25, 50, 100, 200, 400, 800, 1600) if n < args.images} | {args.images})
+@dataclass
+class Config:
+    out: Annotated[str, "a folder to write"] = "results/damages"  # folder for the page, the JSON and the table
+    images: Annotated[int, "40 .. 100000"] = 200  # on each side
+    side: Annotated[int, "32 .. 4096"] = 64  # pixels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = flags.parse(Config, sys.argv[1:] if arguments is None else arguments, description=__doc__)
+    out = Path(config.out)
+    written = [out / f"matrix.{kind}" for kind in ("json", "md", "html")]
+    files.expect_own(*written)
+    counts = sorted({n for n in (25, 50, 100, 200, 400, 800, 1600) if n < config.images} | {config.images})
     with torch.inference_mode():
-        found = damages.matrix(args.images, args.side, counts, lambda line: print(line, flush=True))
-    out = Path(args.out)
-    files.write_text(out / "matrix.json", damages.as_json(found))
-    files.write_text(out / "matrix.md", damages.markdown(found))
-    files.write_text(out / "matrix.html", damages.page(found, args.side))
-    print(out / "matrix.html")
+        found = damages.matrix(config.images, config.side, counts, lambda line: print(line, flush=True))
+    texts = damages.as_json(found), damages.markdown(found), damages.page(found, config.side)
+    for path, text in zip(written, texts):
+        files.write_text(path, text)
+    files.mark_own(*written)
+    print(written[-1])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    flags.main(main)

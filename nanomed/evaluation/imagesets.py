@@ -98,6 +98,8 @@ def find(spec: str, name: str = "", limit: int = 0, cache: str = "runs/cache", s
         table = data.load(spec, cache, side or 256)
         return of_table(ranges.ranged(table, ranges.of_table(table, span)), name or spec, limit, side)
     root = Path(spec).expanduser()
+    if root.is_file():
+        raise DataError(f"{spec}: is a file; say a folder of images, or a data set such as clef:DIR")
     if not root.is_dir():
         raise DataError(f"{spec}: no such folder")
     found, labels = listing(root, "*"), ()

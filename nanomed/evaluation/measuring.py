@@ -120,20 +120,26 @@ class Eyes:
         self.ranks = ranks
         self.store = Store(Path(settings.cache) / "features", ranks)
         self.notes: list[str] = []
-        self.seen: dict[tuple[str, ...], tuple[ImageSet, Survey]] = {}
+        self.seen: dict[tuple, ImageSet] = {}
+        self.surveys: dict[tuple[str, ...], Survey] = {}
         self.read: dict[tuple, dict[str, Tensor]] = {}
 
     def look(self, images: ImageSet) -> ImageSet:
-        """The set without its damaged images."""
-        if images.hashes not in self.seen:
+        """The set without its damaged images. Two sets of the same files may have other prompts and classes."""
+
+        def key(of: ImageSet) -> tuple:
+            return of.name, of.hashes, of.labels, of.prompts
+
+        if key(images) not in self.seen:
             survey = imagesets.survey(images, self.cache, self.ranks)
             whole, survey, lines = imagesets.sound(images, survey, self.skip_bad)
             self.notes += [*lines, *imagesets.remarks(whole, survey)]
-            self.seen[images.hashes] = self.seen[whole.hashes] = whole, survey
-        return self.seen[images.hashes][0]
+            self.seen[key(images)] = self.seen[key(whole)] = whole
+            self.surveys[whole.hashes] = survey
+        return self.seen[key(images)]
 
     def survey(self, images: ImageSet) -> Survey:
-        return self.seen[images.hashes][1]
+        return self.surveys[images.hashes]
 
     def features(self, extractor: Extractor, images: ImageSet) -> dict[str, Tensor]:
         """{column: (N, ...)} of the whole images of a set, from the cache where it is there."""
@@ -159,6 +165,9 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     asked      names among METRICS, refused by name where the images do not allow them; empty: `sets.usual`, as far as
                the images allow; "all": whatever images and files allow, and the rest is said to be lacking
     """
+    if settings.protocol == ORGANISERS and sets.statistics:
+        names = ", ".join(sets.statistics)
+        raise DataError(f"{names}: the protocol {ORGANISERS} is of class probabilities, and needs the real images")
     eyes = Eyes(settings, ranks)
     fake = eyes.look(sets.fake)
     reals = {name: eyes.look(real) for name, real in sets.reals.items()}
@@ -174,10 +183,16 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes, lacking)]
     networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes, lacking)
     wanted = [name for name in wanted if name not in (lacking or {})]
-    found = {
-        name: {images.hashes: eyes.features(network, images) for images in _who(name, sets, wanted)}
-        for name, network in networks.items()
-    }
+    found: dict[str, dict] = {}
+    for name, network in list(networks.items()):
+        try:
+            found[name] = {images.hashes: eyes.features(network, images) for images in _who(name, sets, wanted)}
+        except ValueError as error:  # images that a network cannot look at
+            said = str(error).removeprefix(f"--metrics {name}: ")
+            if lacking is None or ranks.world > 1:  # the others would wait for this one
+                raise DataError(f"--metrics {name}: {said}") from None
+            lacking[name] = said
+            del networks[name]
     notes += eyes.store.notes
     if not ranks.first:
         return None
@@ -204,6 +219,13 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
                 run = _distances(wanted, networks, found, real, fake, settings, ranks.device)
         except ValueError as error:  # features that are no numbers: weights that are none
             raise DataError(f"{fake.name} against {real.name}: {error}; check the network's file") from None
+        if "frd" in networks:
+            try:
+                run |= _radiomic(networks["frd"], found["frd"], real, fake, settings)
+            except ValueError as error:  # images without texture
+                if lacking is None:
+                    raise DataError(f"--metrics frd: {error}") from None
+                lacking["frd"] = str(error)
         if "colour" in wanted:
             columns = eyes.survey(real).columns, eyes.survey(fake).columns
             run |= entries.colour_drift(*columns, settings.intervals, settings.seed)
@@ -213,6 +235,9 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
                      "in a row the same in other words, and real images that answer both")  # fmt: skip
     for name, known in sets.statistics.items():
         if "fid" in wanted:
+            if not known.of:
+                notes.append(f"{known.name} does not say how its features were made; --protocol {settings.protocol} is "
+                             f"taken: files of pytorch-fid need pytorch-fid, those of clean-fid clean")  # fmt: skip
             try:
                 entry = _to_statistics(networks["main"], found["main"], fake, known, settings, ranks.device)
             except ValueError as error:
@@ -283,6 +308,10 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
                 notes.append(f"{error}. Until then the toy world's own classifier stands in: good for comparing toy "
                              f"models only, and no FID")  # fmt: skip
                 found["main"] = stand_in
+                if "is" in wanted and lacking is not None:
+                    lacking["is"] = str(error)
+                elif "is" in asked:
+                    raise
             elif lacking is not None:
                 lacking |= {name: str(error) for name in wanted if name in OF_INCEPTION}
             elif OF_INCEPTION & set(wanted):
@@ -332,9 +361,6 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
         results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
     if "cmmd" in networks:
         results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
-    if "frd" in networks:
-        sides = [{key: found["frd"][images.hashes][key] for key in ("features", "v0")} for images in (real, fake)]
-        results |= entries.radiomic(*sides, networks["frd"].protocol, settings.intervals, settings.seed)
     main = networks.get("main")
     if main is None:
         return results
@@ -347,12 +373,18 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     first: Entries = {}
     if "fid" in wanted:
         first |= sets.frechet("Frechet distance" if sets.prefix else "FID")
-    if "kid" in wanted and not (sets.prefix and "kid" not in settings.metrics):
+    asked = {"kid", EVERYTHING} & set(settings.metrics.split(","))
+    if "kid" in wanted and (asked or not sets.prefix):
         first |= sets.kernel()
     if "is" in wanted and "logits" in of_fake:
         logits = of_real["logits"] if settings.intervals else None
         first |= entries.inception_score(of_fake["logits"], logits, sets.protocol, main.network, len(real))
     return first | _repeated(sets, wanted) | results
+
+
+def _radiomic(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings) -> Entries:
+    sides = [{key: found[images.hashes][key] for key in ("features", "v0")} for images in (real, fake)]
+    return entries.radiomic(*sides, network.protocol, settings.intervals, settings.seed)
 
 
 def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Statistics, settings, device) -> Entries:

@@ -10,7 +10,7 @@ medart   Med-Art: 80/20 split of every class; as many images as there are test i
 import csv
 import io
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanomed import data
@@ -44,23 +44,34 @@ class Setup:
         writer.writerows(zip(self.prompts, self.labels) if self.labels else [[prompt] for prompt in self.prompts])
         files.write_text(path, text.getvalue())
 
+    def first(self, count: int) -> "Setup":
+        """The same with no more than so many prompts and so many real images; training images stay what they are."""
+        real = self.real.keep(range(min(count, len(self.real))))
+        train = real if self.train is self.real else self.train
+        note = f"{self.note}; of each the first {count:,} at most"
+        prompts, labels = self.prompts[:count], self.labels[:count]
+        return replace(self, real=real, train=train, prompts=prompts, labels=labels, note=note)
+
     def drawn(self, fake: ImageSet, where: str) -> ImageSet:
         """The generated images with the prompts and classes they were drawn for; a DataError where they are others."""
         if len(fake) != len(self.prompts):
             raise DataError(f"{where}: {len(fake):,} images, but --paper {self.name} needs {len(self.prompts):,}, one "
                             f"for every row of its prompts; draw them with sample.py")  # fmt: skip
         for row, said in enumerate(fake.prompts):
-            if said[0].strip() != self.prompts[row].strip():
+            known = (self.prompts[row].strip(), *self.labels[row : row + 1])  # a class is the prompt of some systems
+            if said[0].strip() not in known:
                 raise DataError(f"{where}: {fake.title(row)} was drawn from {said[0]!r}, but row {row} of the set-up "
                                 f"is {self.prompts[row]!r}; say the same --seed for both, or draw again")  # fmt: skip
         prompts = tuple((prompt,) for prompt in self.prompts)
         return ImageSet(fake.name, fake.sources, prompts, self.labels, ranges=fake.ranges, hashes=fake.hashes)
 
 
-def find(name: str, spec: str, cache: str, seed: int = 0, span: str = "") -> Setup:
-    """The set-up of that name over a data set such as clef:DIR, read by the --range `span`. Raises DataError."""
+def find(name: str, spec: str, cache: str, seed: int = 0, captions: str = "", span: str = "") -> Setup:
+    """The set-up of that name over a data set such as clef:DIR, with other `captions` as train.py takes them, read by
+    the --range `span`. Raises DataError."""
     table = data.load(spec, cache, SIDE)
     table = ranges.ranged(table, ranges.of_table(table, span))
+    table = data.with_captions(table, captions) if captions else table
     if not any(row.prompts for row in table.rows):
         raise DataError(f"{spec}: no prompts, which --paper {name} draws from")
     if name == "mmcp":

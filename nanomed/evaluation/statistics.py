@@ -71,10 +71,14 @@ def read(path: str | Path) -> Statistics:
         return of_cache(path)
     try:
         with np.load(path, allow_pickle=False) as table:
-            mean, covariance = (torch.from_numpy(np.asarray(table[key], dtype=np.float64)) for key in ("mu", "sigma"))
+            held = [table[key] for key in ("mu", "sigma")]
+        if any(map(np.iscomplexobj, held)):
+            raise ValueError("they are complex numbers")
+        mean, covariance = (torch.from_numpy(np.asarray(values, dtype=np.float64)) for values in held)
         digest = files.sha256(Path(path))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a file of statistics with mu and sigma ({error})") from None
+        said = "it holds no arrays of numbers" if "allow_pickle" in str(error) else error  # no advice to unpickle
+        raise DataError(f"{path}: not a file of statistics with mu and sigma ({said})") from None
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         shapes = f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
         raise DataError(f"{path}: {shapes} are not a mean (D,) and a covariance (D, D)")
@@ -83,4 +87,8 @@ def read(path: str | Path) -> Statistics:
     asymmetry, largest = (covariance - covariance.T).abs().max(), covariance.abs().max()
     if asymmetry > 1e-6 * largest or (covariance.diagonal() < 0).any():
         raise DataError(f"{path}: sigma is not a covariance: it is not symmetric, or has a variance below 0")
-    return Statistics(str(path), mean, (covariance + covariance.T) / 2, digest)
+    covariance = (covariance + covariance.T) / 2
+    least = torch.linalg.eigvalsh(covariance)[0] if len(covariance) else torch.zeros(())
+    if least < -1e-6 * largest:
+        raise DataError(f"{path}: sigma is not a covariance: it has a direction of variance {least.item():.3g}")
+    return Statistics(str(path), mean, covariance, digest)

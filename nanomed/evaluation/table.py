@@ -129,7 +129,7 @@ def caveats(runs: Mapping[str, Results]) -> list[str]:
         if differ := [what for i, what in enumerate(DECISIVE) if len({key[i] for key in groups}) > 1]:
             said = " and ".join(DECISIVE[what] for what in differ)
             reasons.setdefault(f"the runs differ in {said}; the best is marked among equals", []).append(name)
-        sizes = {min(e["n_real"], e["n_fake"]) for alike in groups.values() for e in alike.values()}
+        sizes = {min(e["n_real"] or e["n_fake"], e["n_fake"]) for alike in groups.values() for e in alike.values()}
         if direction(name) < 0 and len(sizes) > 1:
             counts = ", ".join(f"{size:,}" for size in sorted(sizes))
             reasons.setdefault(f"computed at different N ({counts}), on which the bias depends", []).append(name)

@@ -81,6 +81,7 @@ class Measured:
         if self.sure and self.n >= 2 * KID_GROUPS:
             kernel, sides = scores.gaussian_kernel, (scores.unit(self.real), scores.unit(self.fake))
             low, high = uncertainty.kernel_interval(*sides, KID_GROUPS, seed=self.seed, kernel=kernel, biased=True)
+            del sides  # the floor makes its own
             entry |= interval((max(1000 * low, 0.0), 1000 * high), jackknife(KID_GROUPS))
         return {"CMMD": entry | self._floor(scores.cmmd)}
 
@@ -151,10 +152,12 @@ class Measured:
 
     def _of_neighbours(self, names: Sequence[str], values: Callable, k: int) -> Entries:
         """Entries of numbers that one pass over all distances gives, with their intervals."""
-        if self.sure and self.n >= 2 * GROUPS:
+        left = self.n - -(-self.n // GROUPS)  # images of the smaller set when a group is left out
+        if self.sure and self.n >= 2 * GROUPS and left > k:
             if self._neighbours is None:
+                near = self.k if left > self.k else K
                 self._neighbours = uncertainty.neighbour_intervals(
-                    self.real, self.fake, self.k, K_COVERAGE, GROUPS, seed=self.seed
+                    self.real, self.fake, near, K_COVERAGE, GROUPS, seed=self.seed
                 )
             found = [self._neighbours[name.lower()] for name in names]
             entries = {
@@ -177,7 +180,7 @@ class Measured:
             "n_fake": len(self.fake),
             "network": self.network,
         }
-        return entry | small(self.n, biased)
+        return entry | small(self.n, biased, self.sure)
 
     def _floor(self, statistic: Callable[[Tensor, Tensor], float]) -> dict:
         if not self.sure or len(self.real) < 4:
@@ -230,7 +233,7 @@ def clip_score(
     each = scores.clip_scores(images, texts)
     entry = {"value": each.mean().item(), "protocol": protocol, "n_real": 0, "n_fake": len(each), "network": network}
     if len(each) >= 2:
-        entry |= interval(uncertainty.mean_interval(each), "Student's t over the images")
+        entry |= interval(_within(uncertainty.mean_interval(each), 0.0, 2.5), "Student's t over the images")
     if of_real is not None:
         entry["floor"] = {"value": of_real.mean().item(), "method": "real images and their prompts", "n": len(of_real)}
     return {name: entry | small(len(each))}
@@ -252,10 +255,10 @@ def medvqa2025(
     """
     chance = [found for one in objectives if (found := medvqa.by_chance(one, seed))] if sure else []
     entries: Entries = {}
-    for name, value, those, perfect, what in (
-        ("fidelity", medvqa.fidelity, objectives, chance, "objectives"),
-        ("agreement", medvqa.agreement, objectives, chance, "objectives"),
-        ("diversity", medvqa.diversity, prompts, [one.real for one in chance], "prompts"),
+    for name, value, those, perfect, what, support in (
+        ("fidelity", medvqa.fidelity, objectives, chance, "objectives", (0.0, 100.0)),
+        ("agreement", medvqa.agreement, objectives, chance, "objectives", (-1.0, 1.0)),
+        ("diversity", medvqa.diversity, prompts, [one.real for one in chance], "prompts", (0.0, 2.0)),
     ):
         if not those:
             continue
@@ -263,7 +266,7 @@ def medvqa2025(
         entry = {"value": each.mean().item(), "protocol": f"{protocol}, {len(each):,} {what}", "n_real": n[0],
                  "n_fake": n[1], "network": network}  # fmt: skip
         if sure and len(each) >= 2:
-            entry |= interval(uncertainty.mean_interval(each), f"Student's t over the {what}")
+            entry |= interval(_within(uncertainty.mean_interval(each), *support), f"Student's t over the {what}")
         if perfect:
             own = sum(map(value, perfect)) / len(perfect)
             n_own = len(perfect[0] if what == "prompts" else perfect[0].one)
@@ -331,17 +334,25 @@ def share(answers: Sequence[bool], protocol: str) -> dict:
     return entry | interval(ends, "Wilson's formula for a share")
 
 
-def small(n: int, biased: bool = False) -> dict:
-    """The flag of a value from fewer than 2,048 images."""
+def small(n: int, biased: bool = False, sure: bool = True) -> dict:
+    """The flag of a value from fewer than 2,048 images; `sure`: it has an interval, where there are enough for one."""
     if n >= SMALL:
         return {}
-    what = "biased upwards, compare at equal N and with the floor" if biased else "read it with its interval"
-    what = "too few images for an interval" if n < 2 * GROUPS else what
-    return {"flag": f"N = {n:,} is below {SMALL:,}: {what}"}
+    said = ["biased upwards, compare at equal N and with the floor"] if biased else []
+    if n < 2 * GROUPS:
+        said.append("too few images for an interval")
+    elif not biased:
+        said.append("read it with its interval" if sure else "it may be far off, and has no interval")
+    return {"flag": f"N = {n:,} is below {SMALL:,}: {'; '.join(said)}"}
 
 
 def jackknife(groups: int) -> str:
     return f"jackknife over {groups} groups of images"
+
+
+def _within(ends: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    """An interval, no further than a value can be."""
+    return max(ends[0], low), min(ends[1], high)
 
 
 def interval(ends: tuple[float, float], method: str) -> dict:

@@ -79,6 +79,8 @@ def for_dino(pixels: Tensor) -> Tensor:
 def for_swav(pixels: Tensor) -> Tensor:
     """As dgm-eval brings images to SwAV: their shorter side to 224, bilinear; the longer one as it comes."""
     height, width = pixels.shape[-2:]
+    if max(height, width) > 16 * min(height, width):
+        raise ValueError(f"an image of {width} x {height} pixels is too long: its shorter side becomes 224; crop it")
     if width <= height:
         size = int(224 * height / width), 224
     else:

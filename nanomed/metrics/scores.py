@@ -62,9 +62,11 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     """The same from means (D,) and covariances (D, D). Those of fewer samples than dimensions are taken apart at the
     price of their rank."""
     cov_a, cov_b = cov_a.double(), cov_b.double()
-    factor, other = _factor(cov_a), _factor(cov_b)
-    if min(factor.shape[1], other.shape[1]) < len(cov_a):
-        common = _common(factor, other)
+    factor = _factor(cov_a)
+    if factor.shape[1] < len(cov_a):  # of low rank: the other side need not be taken apart
+        common = _sum_of_singular_values(factor.T @ cov_b @ factor, lambda: factor.T @ _factor(cov_b))
+    elif (other := _factor(cov_b)).shape[1] < len(cov_b):
+        common = _sum_of_singular_values(other.T @ cov_a @ other, lambda: other.T @ factor)
     else:
         common = _sum_of_singular_values(_congruence(factor, cov_b), lambda: factor.T @ other)
     within = cov_a.trace() + cov_b.trace() - 2 * common
@@ -108,8 +110,12 @@ def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _factor(covariance: Tensor) -> Tensor:
     """F with F F^T = S: Cholesky's lower triangle, or (D, r) where S is of rank r, from Cholesky with pivots, which
-    ends where what is left is rounding."""
-    factor, failed = torch.linalg.cholesky_ex(covariance)
+    ends where what is left is rounding. That the upper left quarter has no triangle tells at an eighth of the price."""
+    half = len(covariance) // 2
+    failed = bool(torch.linalg.cholesky_ex(covariance[:half, :half])[1]) if half else False
+    if not failed:
+        factor, last = torch.linalg.cholesky_ex(covariance)
+        failed = bool(last)
     if failed:
         rows, pivots, rank, _ = lapack.dpstrf(covariance.cpu().numpy(), lower=1)
         factor = torch.zeros(len(covariance), rank, dtype=torch.float64)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -128,8 +129,9 @@ def sweep(folder: str | Path) -> None:
             _remove(path)
 
 
-def lock(file: IO[bytes]) -> None:
-    """Hold an open file for this process alone, until it is closed or the process dies; wait while another does."""
+def lock(file: IO[bytes], wait: bool = True) -> bool:
+    """Hold an open file for this process alone, until it is closed or the process dies. Where another holds it: wait,
+    or else return False."""
     try:
         import fcntl
     except ImportError:  # Windows: a byte far behind the end stands for the file
@@ -137,15 +139,22 @@ def lock(file: IO[bytes]) -> None:
 
         place = os.lseek(file.fileno(), 0, os.SEEK_CUR)
         os.lseek(file.fileno(), 1 << 40, os.SEEK_SET)
-        while True:
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
-                break
-            except OSError:  # ten seconds have passed
-                continue
-        os.lseek(file.fileno(), place, os.SEEK_SET)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            while True:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                    return True
+                except OSError:
+                    if not wait:
+                        return False
+                    time.sleep(0.05)
+        finally:
+            os.lseek(file.fileno(), place, os.SEEK_SET)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _alive(pid: int) -> bool:

@@ -38,8 +38,9 @@ CHECKPOINT = re.compile(r"^(?P<stage>\w+)-step-(?P<step>\d+)$")
 MADE = ("model", "rank", "adapter", "text_adapter", "lora")
 CONTENTS = ("data", "captions", "paraphrases")  # where the contents lie, whose hash is compared
 DECISIVE = (*MADE, "seed", "batch", "accumulate", "alpha", "released", "size", "valid", "views", "augment", *CONTENTS,
-            "range", "strategy", "long_prompts", "join", "places", "places_first", "dropout")  # fmt: skip
+            "range", "strategy", "long_prompts", "join", "places", "places_first", "dropout", "buckets")  # fmt: skip
 KEPT = ("world", "given")  # how the run began, and all the flags that were ever given
+LATER = {"buckets": False, "range": ""}  # settings that older runs do not name, and what they were
 PASSING = ("resume", "resume_anyway", "out", "dry_run")  # flags of a command, and not of the run
 
 
@@ -109,6 +110,7 @@ def _read(path: Path) -> dict:
 def compared(folder: Path, before: dict, config: dict, anyway: bool) -> tuple[dict, list[str]]:
     """({setting: [old, new]} of all that differ, those of them that decide which numbers come next) of a run to go on
     with. Raises UsageError, which names all of the latter, unless they may differ `anyway`."""
+    before = {name: value for name, value in LATER.items() if name in config} | before
     known = {name: value for name, value in config.items() if name in before and name not in (*PASSING, *KEPT)}
     changed = {name: [before[name], value] for name, value in known.items() if before[name] != value}
     decisive = [name for name in DECISIVE if name in changed]

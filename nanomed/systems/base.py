@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nanomed.adapters import formats, lora
 from nanomed.autoencoders.tiles import decode_tiles
+from nanomed.data import buckets
 from nanomed.data.prompts import CLASSES, WORDS
 from nanomed.data.table import Table
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
@@ -35,8 +36,15 @@ class Reading:
 
 
 @dataclass
-class Weighting:
-    """options of the loss on noise"""
+class Shapes:
+    """options of training images"""
+
+    buckets: bool = False  # images keep their shapes, one a batch
+
+
+@dataclass
+class Weighting(Shapes):
+    """options of training images and of the loss on noise"""
 
     snr_gamma: Annotated[float, ">= 0"] = 0.0  # min-SNR weighting; 0 = off
 
@@ -112,6 +120,11 @@ class System(Assembled):
                 possible = False
             if not possible:
                 raise UsageError(f"--steps {steps}: {self.name} draws in 1 to {diffusion.most_steps()} steps")
+
+    def bucket_shapes(self) -> tuple[buckets.Shape, ...]:
+        """Heights and widths in pixels of the images that `--buckets` trains on, all of about `size`^2 pixels; of a
+        system that draws no other, `size` alone."""
+        return buckets.shapes(self.size, self.unit) if self.unit else ((self.size, self.size),)
 
     def sampled(self) -> tuple[Diffusion, ...]:
         """The noise that `sample` removes in as many steps as it is told."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nanomed import weights
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
-from nanomed.data.classes import class_of, named
 from nanomed.data.prompts import CLASSES, WORDS
+from nanomed.data.readers.classes import class_of, named
 from nanomed.data.table import Table
 from nanomed.denoisers.dit import PUBLISHED_GUIDED_CHANNELS, DiT, DiTConfig, load_dit
 from nanomed.diffusion import samplers
@@ -27,7 +27,7 @@ from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.diffusion.variational import hybrid_loss
 from nanomed.systems.assembly import Found, Part
-from nanomed.systems.base import System
+from nanomed.systems.base import Shapes, System
 
 VAE = "stabilityai/sd-vae-ft-ema"
 KVASIR = ("dyed lifted polyps", "dyed resection margins", "esophagitis", "normal cecum", "normal pylorus",
@@ -53,7 +53,7 @@ RECIPES = {
 
 
 @dataclass
-class Options:
+class Options(Shapes):
     """options of DiT"""
 
     dit: Annotated[str, "S/2 | S/4 | S/8 | B/2 | B/4 | B/8 | L/2 | L/4 | L/8 | XL/2 | XL/4 | XL/8"] = "S/8"  # which one

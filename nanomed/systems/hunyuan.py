@@ -19,14 +19,14 @@ from torch import Tensor
 from nanomed import weights
 from nanomed.adapters import lora
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
-from nanomed.data import grammar
+from nanomed.data import buckets, grammar
 from nanomed.denoisers.hunyuan import HunyuanConfig, HunyuanTransformer, load_hunyuan
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import Reading, System, Weighting
-from nanomed.systems.sizes import cropped, standard
+from nanomed.systems.sizes import cropped, standard, standards
 from nanomed.text.bert import Bert, BertConfig, load_bert
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
@@ -97,6 +97,11 @@ class Hunyuan(System):
         words, sizes = grammar.all_prompts(), {name: shape.get("vocab_size", 0) for name, shape in shapes.items()}
         return {"tokenizer": train_wordpiece(words, sizes.get("text_encoder", 400)),
                 "tokenizer_2": train_unigram(words, sizes.get("text_encoder_2", 512) - 100)}  # fmt: skip
+
+    def bucket_shapes(self) -> tuple[tuple[int, int], ...]:
+        if (self.unit, self.size) == (1, 1024):  # those of the published training
+            return standards(self.size)
+        return buckets.shapes(self.size, self.vae.factor * self.transformer.config.patch_size)
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """Of both readers the states, at padding too (T5's are pooled), and where there is text: {"bert": (B, 77, D),

@@ -104,10 +104,11 @@ class Kandinsky3(Scheduled):
         return {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in text.items()}
 
     def read(self, text: Cond, places: int) -> Cond:
-        """What the U-Net is called with: so many places of the text, with padding behind them where there is more."""
+        """What the U-Net is called with, the same in every step: all that it makes of so many places of the text, with
+        padding behind them where there is more."""
         states, mask = text["prompt_embeds"][:, :places].to(self.dtype), text["attention_mask"][:, :places]
         behind = places - mask.shape[1]
-        return {"prompt_embeds": F.pad(states, (0, 0, 0, behind)), "attention_mask": F.pad(mask, (0, behind))}
+        return self.unet.read_text(F.pad(states, (0, 0, 0, behind)), F.pad(mask, (0, behind)))
 
     def places(self, text: Cond) -> int:
         """Those that texts are cut to, which are read together."""

@@ -39,6 +39,7 @@ class Options:
     """options of Med-Art"""
 
     hldf_every: Annotated[int, ">= 0"] = 500  # steps from one colour loss to the next; 0 = never
+    hldf_steps: Annotated[int, ">= 1"] = 20  # solver steps of the image that is drawn for it: the paper's M
     hldf_keep: Annotated[int, ">= 0"] = 0  # solver steps that keep their activations in it, for speed where memory is
     hldf_last: Annotated[int | None, ">= 1"] = None  # back-propagate it through the last solver steps alone; empty: all
     text_adapter: Annotated[str, " | none | lora | rslora | dora | rsdora"] = ""  # kind of T5's adapter, where not as

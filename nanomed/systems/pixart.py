@@ -21,13 +21,14 @@ from torch import Tensor
 
 from nanomed import weights
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
+from nanomed.data import buckets
 from nanomed.denoisers.pixart import PixArtConfig, PixArtTransformer, load_pixart
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
 from nanomed.systems.base import System, Weighting
-from nanomed.systems.sizes import SIDES, binned, cropped
+from nanomed.systems.sizes import SIDES, binned, cropped, trained
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.weights import WeightsError
@@ -96,6 +97,13 @@ class PixArt(System):
     @classmethod
     def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         return {"tokenizer": train_unigram(["An endoscopic image of a polyp."], 100)}
+
+    def bucket_shapes(self) -> tuple[buckets.Shape, ...]:
+        """At the published sizes those of the published training, of up to four to one; else as everywhere."""
+        c = self.transformer.config
+        if c.sample_size in SIDES and self.size == c.sample_size * self.vae.factor:
+            return trained(c.sample_size)
+        return buckets.shapes(self.size, self.vae.factor * c.patch_size)
 
     # ------------------------------------------------------------------------------------------------ text
 

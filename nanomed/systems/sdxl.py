@@ -113,11 +113,15 @@ class SDXL(StableDiffusion):
         null = super().no_text(prompts)
         return {name: torch.zeros_like(value) for name, value in null.items()} if self.zero_null else null
 
+    def text(self, batch: dict) -> Cond:
+        """With what the images of a batch were, before they were scaled and cut (`--buckets`)."""
+        return super().text(batch) | {name: batch[name] for name in ("sizes",) if name in batch}
+
     def read(self, text: Cond, height: int, width: int) -> Cond:
-        """Images are said to be of the size that they have, and not cropped."""
+        """Images are said to be of the size that they have, and not cropped, where `text` has no "sizes" (B, 6)."""
         states, pooled = (text[name].to(self.dtype) for name in self.text_fields)
-        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(states), device=states.device)
-        return self.unet.read_text(states, pooled, sizes)
+        whole = torch.tensor([[height, width, 0, 0, height, width]] * len(states), device=states.device)
+        return self.unet.read_text(states, pooled, text.get("sizes", whole).to(states.device))
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
         found = super().frozen(stage)

@@ -16,10 +16,14 @@ def binned(height: int, width: int, sample_size: int) -> tuple[int, int]:
     other sides than the published ones (256, 512, 1024 pixels) have no such table: the size as it is."""
     if sample_size not in SIDES:
         return height, width
-    sizes = [tuple(int(side) for side in size.split("x")) for size in BINS.split()]
-    rows, columns = min(sizes, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
+    return min(trained(sample_size), key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
+
+
+def trained(sample_size: int) -> tuple[tuple[int, int], ...]:
+    """The sizes of PixArt's training, in pixels, for latents of a side of `SIDES`."""
     unit = sample_size * 8 // 16
-    return rows * unit, columns * unit
+    sizes = (size.split("x") for size in BINS.split())
+    return tuple((int(rows) * unit, int(columns) * unit) for rows, columns in sizes)
 
 
 def cropped(images: Tensor, height: int, width: int) -> Tensor:
@@ -48,4 +52,13 @@ def standard(height: int, width: int) -> tuple[int, int]:
     """The size of `STANDARD` whose shape is nearest to width / height, and of that shape the one whose area is."""
     height, width = height // 16 * 16, width // 16 * 16
     shape = min(STANDARD, key=lambda shape: abs(shape - width / height))
-    return min(STANDARD[shape], key=lambda size: abs(size[0] * size[1] - height * width))
+    return _of_area(shape, height * width)
+
+
+def standards(side: int) -> tuple[tuple[int, int], ...]:
+    """Of every shape of `STANDARD` the size that is nearest to a square of that side in area."""
+    return tuple(_of_area(shape, side * side) for shape in STANDARD)
+
+
+def _of_area(shape: float, area: int) -> tuple[int, int]:
+    return min(STANDARD[shape], key=lambda size: abs(size[0] * size[1] - area))

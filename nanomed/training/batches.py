@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed.data import images
+from nanomed.data import buckets, images
 from nanomed.data.table import Row
 from nanomed.run.cache import Columns
 from nanomed.run.randomness import seed_of
@@ -46,6 +46,23 @@ def pixels(row: Row, size: int, seed: int, view: View, augment: bool, jitter: bo
         array = images.msdm_train(image, size, rng) if jitter else np.asarray(images.random_square(image, size, rng))
     else:
         array = images.msdm_valid(image, size)
+    return _flipped(array, view)
+
+
+def framed(
+    row: Row, shape: buckets.Shape, seed: int, view: View, augment: bool, jitter: bool = True
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """As `pixels`, of a shape: uint8 (*shape, 3), and what SDXL is told of its sizes. No border is added, and no more
+    is cut off than the shape asks for: a random part with `augment`, else the middle."""
+    image = images.open_rgb(row.file, row.range)
+    rng = np.random.default_rng(seed_of("view", seed, row.file.name, view.number)) if augment else None
+    frame = buckets.frame(*image.size, shape, rng)
+    image = buckets.taken(image, frame)
+    image = images.color_jitter(image, rng) if augment and jitter else image
+    return _flipped(np.asarray(image), view), frame.flipped(*view.flip).sizes
+
+
+def _flipped(array: np.ndarray, view: View) -> np.ndarray:
     horizontal, vertical = view.flip
     return np.ascontiguousarray(array[:: -1 if vertical else 1, :: -1 if horizontal else 1])
 
@@ -67,6 +84,7 @@ class Samples:
     places_first and of so many micro-steps at the start all: a sixth of all prompts do, they take the most samples to
                  learn, and a text encoder that has first learned to tell yes from no hardly learns them after
     trimmed      fields of prompts that may be cut behind the longest text of a batch, the mask first
+    shapes       heights and widths that images keep the nearest of, each step those of one; none: squares of `size`
     """
 
     size: int
@@ -81,13 +99,29 @@ class Samples:
     places: float = 0.0
     places_first: int = 0
     trimmed: tuple[str, ...] = ()
+    shapes: tuple[buckets.Shape, ...] = ()
+
+    def shaped(self, rows: Sequence[Row]) -> list[int]:
+        """Of every row, which of the shapes its image goes to."""
+        return [buckets.nearest(self.shapes, *images.size_of(row.file)) for row in rows]
+
+
+class ByShape:
+    """Columns of images of several shapes, told by the rows of the whole: those that are asked for together are of one
+    shape."""
+
+    def __init__(self, columns: Sequence[Columns], where: Sequence[tuple[int, int]]):
+        self.columns, self.where = columns, where  # of every row, in which columns it is and which row of them
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return self.columns[self.where[rows[0]][0]][[self.where[row][1] for row in rows]]
 
 
 @dataclass(frozen=True)
 class Kept:
     """What frozen parts make of the data, from the cache: `images[row * views + view]`, and `texts[index[prompt]]`."""
 
-    images: Columns | None = None
+    images: Columns | ByShape | None = None
     texts: Columns | None = None
     index: dict[str, int] = field(default_factory=dict)
 
@@ -101,10 +135,22 @@ class Batches:
     A batch holds "prompt" (list of str, "" where the context is dropped) and the image as "image" (B, 3, size, size) in
     [-1, 1]; or the fields that are kept of it, likewise of the prompts.
 
-    ranks   share the samples, `batch` to each at a time
+    With shapes the image's sides are those of one of them, and "sizes" (B, 6) says what SDXL is told: height and width
+    of the original, top and left of the part that is taken, its height and width.
+
+    ranks       share the samples, `batch` to each at a time
+    accumulate  as many micro-steps make a step
     """
 
-    def __init__(self, rows: Sequence[Row], how: Samples, batch: int, ranks: Ranks = ALONE, kept: Kept = NOTHING):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        how: Samples,
+        batch: int,
+        ranks: Ranks = ALONE,
+        kept: Kept = NOTHING,
+        accumulate: int = 1,
+    ):
         self.rows, self.how, self.batch, self.ranks, self.kept = rows, how, batch, ranks, kept
         self.views = views(how.views, flips=how.dropout > 0)
         self.placed = how.places_first * batch * ranks.world  # samples, of all processes together
@@ -114,6 +160,12 @@ class Batches:
             self.items = [(i, 0) for i, row in enumerate(rows) for _ in range(row.weight)]
         if not self.items:
             raise ValueError("no training images: the table is empty")
+        self.turns = None
+        if how.shapes:
+            self.places = how.shaped(rows)
+            sorted_by = [[i for i, (row, _) in enumerate(self.items) if self.places[row] == place]
+                         for place in range(len(how.shapes))]  # fmt: skip
+            self.turns = buckets.Turns(sorted_by, batch * accumulate * ranks.world, how.seed)
         self._pool = ThreadPoolExecutor(max_workers=4)
         self._ahead: tuple[int, list[Future]] | None = None
         self._order = lru_cache(maxsize=2)(self._order)
@@ -131,6 +183,9 @@ class Batches:
         batch: dict[str, Tensor | list[str]] = {"prompt": [prompt for _, prompt in samples]}
         if self.kept.images is not None:
             batch |= self.kept.images[[image for image, _ in samples]]
+        elif self.turns is not None:
+            batch["image"] = torch.stack([image for (image, _), _ in samples])
+            batch["sizes"] = torch.tensor([sizes for (_, sizes), _ in samples])
         else:
             batch["image"] = torch.stack([image for image, _ in samples])
         if self.kept.texts is not None:
@@ -151,11 +206,16 @@ class Batches:
         first = (step * self.ranks.world + self.ranks.rank) * self.batch
         return [self._pool.submit(self._sample, first + i) for i in range(self.batch)]
 
-    def _sample(self, position: int) -> tuple[Tensor | int, str]:
-        """The image (or its row in `columns`) and the prompt at a position."""
-        how = self.how
+    def _item(self, position: int) -> tuple[int, int]:
+        if self.turns is not None:
+            return self.items[self.turns[position]]
         epoch, place = divmod(position, len(self.items))
-        index, which = self.items[self._order(epoch)[place]]
+        return self.items[self._order(epoch)[place]]
+
+    def _sample(self, position: int) -> tuple[Tensor | int | tuple, str]:
+        """The image (with shapes, and its sizes; or its row in `columns`) and the prompt at a position."""
+        how = self.how
+        index, which = self._item(position)
         row = self.rows[index]
         rng = np.random.default_rng(seed_of("sample", self.how.seed, position))
         dropped, flip, view, swap = rng.random(), rng.integers(4), rng.integers(1 << 62), rng.random()
@@ -174,6 +234,10 @@ class Batches:
             image = index * len(self.views) + int(number)
         else:
             chosen = View(int(view), FLIPS[flip] if is_dropped else FLIPS[0])
+            if self.turns is not None:
+                shape = how.shapes[self.places[index]]
+                array, sizes = framed(row, shape, how.seed, chosen, how.augment, how.jitter)
+                return (images.to_unit(array), sizes), "" if is_dropped else prompt
             image = images.to_unit(pixels(row, how.size, how.seed, chosen, how.augment, how.jitter))
         return image, "" if is_dropped else prompt
 

@@ -1,17 +1,18 @@
 """What the frozen parts of a system make of the training data, computed once and kept on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nanomed import weights
+from nanomed.data.buckets import Shape
 from nanomed.data.images import to_unit
 from nanomed.data.table import Table
 from nanomed.run.cache import Columns, cached
 from nanomed.run.progress import progress
 from nanomed.run.ranks import Ranks
-from nanomed.training.batches import Batches, Kept, Samples, View, pixels, views
+from nanomed.training.batches import Batches, ByShape, Kept, Samples, View, framed, pixels, views
 
 
 def batches(config, system, stage: str, table: Table, ranks: Ranks) -> Batches:
@@ -30,7 +31,7 @@ def batches(config, system, stage: str, table: Table, ranks: Ranks) -> Batches:
         prompts = sorted({"", *(text for row in table.rows for text in (*row.prompts, *row.paraphrases))})
         texts = _texts(config.cache, system, frozen["text"], prompts, ranks)
     kept = Kept(images, texts, {text: i for i, text in enumerate(prompts)})
-    return Batches(table.rows, how, config.batch, ranks, kept)
+    return Batches(table.rows, how, config.batch, ranks, kept, config.accumulate)
 
 
 def samples(config, system, stage: str) -> Samples:
@@ -49,7 +50,13 @@ def samples(config, system, stage: str) -> Samples:
         places=getattr(config, "places", 0.0),
         places_first=getattr(config, "places_first", 0) * config.accumulate,
         trimmed=system.trimmed,
+        shapes=shapes(config, system, stage),
     )
+
+
+def shapes(config, system, stage: str) -> tuple[Shape, ...]:
+    """Heights and widths of a stage's images, where `--buckets` asks for several; an autoencoder's are squares."""
+    return system.bucket_shapes() if getattr(config, "buckets", False) and system.uses_text(stage) else ()
 
 
 def images_of(table: Table, size: int, device: torch.device, batch: int = 32) -> Iterator[Tensor]:
@@ -59,25 +66,47 @@ def images_of(table: Table, size: int, device: torch.device, batch: int = 32) ->
         yield torch.stack([to_unit(pixels(row, size, 0, View(0), augment=False)) for row in rows]).to(device)
 
 
-def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks: Ranks) -> Columns:
+def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks: Ranks) -> Columns | ByShape:
     (parts, encode), looks = frozen, views(how.views, flips=how.dropout > 0)
+    fingerprints = [weights.fingerprint(system.get_submodule(part)) for part in parts.split()]
 
-    @torch.inference_mode()
-    def make(rows: list[int]) -> dict[str, Tensor]:
-        each = [
-            pixels(table.rows[i // len(looks)], how.size, how.seed, looks[i % len(looks)], how.augment, how.jitter)
-            for i in rows
-        ]
-        return encode(torch.stack([to_unit(array) for array in each]).to(ranks.device))
+    def columns(numbers: Sequence[int], shape: Shape | None) -> Columns:
+        """Of rows of the table, in squares or in a shape."""
 
-    key = {
-        "fields": f"{parts} of images",
-        "weights": [weights.fingerprint(system.get_submodule(part)) for part in parts.split()],
-        "images": [[row.file.name, digest, *filter(None, [row.range])] for row, digest in zip(table.rows, table.sums)],
-        "size": how.size, "views": [[look.number, *look.flip] for look in looks], "augment": how.augment,
-        "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
-    }  # fmt: skip
-    return cached(cache, key, len(table.rows) * len(looks), make, 32, ranks, str(key["fields"]))
+        def look(i: int) -> tuple:
+            row, view = table.rows[numbers[i // len(looks)]], looks[i % len(looks)]
+            if shape is None:
+                return pixels(row, how.size, how.seed, view, how.augment, how.jitter), ()
+            return framed(row, shape, how.seed, view, how.augment, how.jitter)
+
+        @torch.inference_mode()
+        def make(rows: list[int]) -> dict[str, Tensor]:
+            arrays, sizes = zip(*(look(i) for i in rows))
+            fields = encode(torch.stack([to_unit(array) for array in arrays]).to(ranks.device))
+            return fields | ({"sizes": torch.tensor(sizes)} if shape else {})
+
+        key = {
+            "fields": f"{parts} of images",
+            "weights": fingerprints,
+            "images": [
+                [table.rows[number].file.name, table.sums[number], *filter(None, [table.rows[number].range])]
+                for number in numbers
+            ],
+            "size": how.size, "views": [[look.number, *look.flip] for look in looks], "augment": how.augment,
+            "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
+        }  # fmt: skip
+        key = key | ({"pad": False, "shape": shape} if shape else {})
+        return cached(cache, key, len(numbers) * len(looks), make, 32, ranks, str(key["fields"]))
+
+    if not how.shapes:
+        return columns(range(len(table.rows)), None)
+    places, kept, where = how.shaped(table.rows), [], {}
+    for place in sorted(set(places)):
+        numbers = [i for i, other in enumerate(places) if other == place]
+        for at, number in enumerate(numbers):
+            where |= {number * len(looks) + k: (len(kept), at * len(looks) + k) for k in range(len(looks))}
+        kept.append(columns(numbers, how.shapes[place]))
+    return ByShape(kept, [where[i] for i in range(len(where))])
 
 
 def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) -> Columns:

@@ -12,8 +12,8 @@ from nanomed.run.hardware import autocast
 from nanomed.run.progress import progress, working
 from nanomed.run.randomness import ImageNoise, seed_all
 from nanomed.run.runs import Run
+from nanomed.training import caches
 from nanomed.training.batches import Batches, Samples, View, pixels, to_device
-from nanomed.training.caches import images_of
 from nanomed.training.optimizer import EMA
 from nanomed.training.placement import Placement
 
@@ -96,7 +96,9 @@ class Judge:
     def _loss(self) -> float:
         """The training loss on held-out samples at fixed noise and timesteps, the ranks sharing the batches."""
         batch = min(self.config.batch, 32)
-        held_out = Batches(self.valid.rows, Samples(self.system.size, 0, pairs=self.draws, augment=False), batch)
+        shapes = caches.shapes(self.config, self.system, self.stage)
+        how = Samples(self.system.size, 0, pairs=self.draws, augment=False, shapes=shapes)
+        held_out = Batches(self.valid.rows, how, batch)
         total = count = 0
         counts = self.ranks.share(range(min(8, -(-len(held_out.items) // batch))))
         for i in progress(counts, f"{self.stage}: validation", "batch"):
@@ -124,7 +126,7 @@ class Judge:
 
     def _reconstruct(self) -> Tensor:
         """Held-out images, or else training images, each followed by what the autoencoder makes of it."""
-        images = next(images_of(self.shown, self.system.size, self.device, batch=8))
+        images = next(caches.images_of(self.shown, self.system.size, self.device, batch=8))
         pairs = torch.stack([images, self.system.reconstruct(images)], dim=1).flatten(0, 1)
         return files.to_bytes(self.system.to_unit(pairs.float()))
 

@@ -6,6 +6,7 @@ import torch
 
 from nanomed.run.hardware import autocast, peak_memory
 from nanomed.run.progress import working
+from nanomed.training.caches import shapes
 from nanomed.training.optimizer import adamw, clip_gradients
 from nanomed.training.placement import gigabytes, places_of
 
@@ -22,6 +23,11 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
         if place == "cpu":
             system.get_submodule(part).cpu()
     optimizer = adamw(params.values(), lr=0.0)
+    if several := shapes(config, system, stage):
+        largest = max(several, key=lambda shape: shape[0] * shape[1])  # the square, where its area is the limit
+        if largest != (system.size, system.size):
+            system.latent_shape = system.latent_size(*largest)
+        print(f"--buckets: {len(several)} shapes, measured at the largest, {largest[0]} x {largest[1]} pixels")
 
     def steps(batch: int) -> tuple[float, float]:
         for _ in range(2):  # the first one also allocates the optimizer's state

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nanomed.data.ham10000 import DIAGNOSES
+from nanomed.data import grammar
 from nanomed.data.images import listing
+from nanomed.data.readers.ham10000 import DIAGNOSES
 from nanomed.data.table import DataError, Row, Table
 
 TEMPLATES = {"kvasir": "An endoscopic image of {category}", "skin": "A dermoscopic image of {category}"}
@@ -48,6 +49,25 @@ def named(table: Table) -> tuple[Table, tuple[str, ...]]:
         return table, tuple(names)
     rows = tuple(replace(row, prompts=(_spelled(row.label),), paraphrases=()) for row in table.rows)
     return Table(table.name, rows), tuple(sorted({row.prompts[0] for row in rows}))
+
+
+def by_polyps(table: Table) -> Table:
+    """The table with a class for every image, "polyps" or "no polyps", as its prompts in the organisers' grammar say.
+
+    Raises DataError where an image's prompts do not say how many polyps it shows.
+    """
+
+    def label(row: Row) -> str:
+        for prompt in row.prompts:
+            try:
+                said = grammar.parse(prompt)
+            except ValueError:
+                continue
+            if "polyps" in said:
+                return "polyps" if said["polyps"] else "no polyps"
+        raise DataError(f"{row.file}: no prompt says how many polyps it shows, as 'with no polyps' would")
+
+    return Table(table.name, tuple(replace(row, label=label(row)) for row in table.rows))
 
 
 def class_of(prompt: str, names: Sequence[str]) -> int | None:
