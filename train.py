@@ -99,6 +99,7 @@ def main() -> int:
     with working(f"making {config.model}"):
         system = systems.build(config.model, config.weights or None, random=config.dry_run, **settings_of(config))
     system.to(ranks.device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
+    config.recipes = before.get("recipes") or {stage: systems.recipe(config.model, stage) for stage in system.stages}
     check(config, before, system, ranks)
     if config.dry_run:
         from nanomed.training import plan
@@ -117,6 +118,7 @@ def main() -> int:
     images = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
     run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}\nits page: {run.folder / page.NAME}")
     page.keep(run)
+    stop.leave = lambda: run.preempted(stop.received)
     run.say("\n".join(long))
     if told := ranges.told(split[0], config.range) if ranks.first else "":
         run.say(told)
@@ -131,10 +133,10 @@ def main() -> int:
         if stage in run.state["stages"]:
             continue
         if not train_stage(_for_stage(config, stage, ranks), system, stage, run, split, stop):
-            run.update(status="preempted")
+            run.preempted(stop.received)
             page.keep(run)
-            run.say(f"{stop.received}: state saved; go on with --resume {run.folder}")
             return PREEMPTED
+        stop.later = False
         run.update(stages=[*run.state["stages"], stage])
 
     results = draw_and_evaluate(config, run, split) if config.test_prompts and not config.stage else {}
@@ -236,6 +238,7 @@ def open_run(config: Config, before: dict, system, split, ranks: Ranks) -> Run:
     contents = ranks.agree([table.digest for table in split] if ranks.first else [])
     given = [name for name in config.given if name not in runs.PASSING]
     settings = asdict(config) | {"world": ranks.world, "given": given, "contents": contents, "ranges": config.decided}
+    settings["recipes"] = config.recipes
     if not before:
         started = [config.stage] if config.stage else system.stages
         trained = [part for stage in started for part in system.stages[stage]]
@@ -271,6 +274,7 @@ def longer(config: Config, before: dict, system, run: Run) -> tuple[str, str]:
     stage = config.stage or next((other for other in order if other not in done), order[-1])
     old = replace(config, steps=before["steps"], epochs=before["epochs"])
     old.given = tuple(before["given"])
+    old.recipes = config.recipes
     old, new = _for_stage(old, stage), _for_stage(config, stage)
     made = run.made(stage)
     if stage in done:
@@ -289,9 +293,9 @@ def longer(config: Config, before: dict, system, run: Run) -> tuple[str, str]:
 
 def _for_stage(config: Config, stage: str, ranks: Ranks | None = None) -> Config:
     """The settings of one stage: the command line, else the stage's recipe, else what all stages have in common."""
-    recipe = {k: v for k, v in systems.recipe(config.model, stage).items() if k not in config.given}
+    recipe = {k: v for k, v in config.recipes.get(stage, {}).items() if k not in config.given}
     staged = replace(config, **recipe)
-    staged.given = config.given
+    staged.given, staged.recipes = config.given, config.recipes
     if ranks and config.resume:
         staged.batch, staged.accumulate = ranks.divided(staged.batch, staged.accumulate, config.began)
     return staged
@@ -332,6 +336,7 @@ def train_stage(config: Config, system, stage: str, run: Run, split, stop) -> bo
         system.get_submodule(part).compile()
     model = ranks.parallel(system)
     log = Log(run, stage, (step, last), config.log_every, together)
+    stop.later = True  # from here on a stop waits for the end of a step
 
     while step < last:
         lr = learning_rate(config, step, last)

@@ -1,6 +1,8 @@
 """CONTRIBUTING.md: its three examples are run as they stand there. What a new system costs is its paper."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import close
 from PIL import Image
 
+import train
 from nanomed import systems
 from nanomed.adapters import lora
 from nanomed.run.randomness import ImageNoise, seed_all
@@ -55,7 +58,7 @@ SHAPES = dict(
 def test_a_system_in_less_than_sixty_lines_trains_is_saved_read_and_draws(tmp_path):
     """Two steps of everything and of an adapter; then what is read back draws the same images to 1e-6."""
     names = example("A system")
-    assert names["lines"] < 60 + 12  # the imports are the other dozen
+    assert names["lines"] < 60 + 12 + 5  # the imports are the other dozen, and what train.py asks
     torch.manual_seed(0)
     shapes = {part: dict(shape) for part, shape in SHAPES.items()}
     shapes["text_encoder"]["vocab_size"] = 600
@@ -86,6 +89,22 @@ def test_a_system_in_less_than_sixty_lines_trains_is_saved_read_and_draws(tmp_pa
     assert sum(p.numel() for p in system.trainable("all").values()) < sum(p.numel() for p in system.parameters()) / 2
     system.save(tmp_path / "adapted")
     assert (tmp_path / "adapted" / "transformer_lora" / "adapter_config.json").is_file()
+
+
+def test_a_new_system_is_a_model_of_train_py(tmp_path, monkeypatch):
+    """The file and its line in `FILES`, and no more: flags, stages, caches and checkpoints are those of all."""
+    names = example("A system")
+    names["PRESETS"]["small"] |= SHAPES | {"text_encoder": SHAPES["text_encoder"] | dict(vocab_size=600)}
+    module = types.ModuleType("nanomed.systems.small")
+    module.__dict__.update(names)
+    monkeypatch.setitem(sys.modules, "nanomed.systems.small", module)
+    monkeypatch.setitem(systems.FILES, "small", "small.Small")
+    words = ["--model", "small", "--data", "toy:12", "--steps", "2", "--save_every", "2", "--score_images", "0"]
+    places = ["--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *places])
+    assert train.main() == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "model" / "transformer").is_dir() and (run / "report.html").is_file()
 
 
 def test_every_preset_can_be_built_from_its_table_alone():

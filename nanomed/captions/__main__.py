@@ -139,7 +139,7 @@ def write_captions(words: list[str]) -> int:
     reviewed = Path(config.out).with_name(Path(config.out).name + ".html")
     if config.review:
         files.expect_own(reviewed)
-    path = weights.find(REPOSITORIES.get(config.model, config.model))
+    path = _found(config.model)
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
     from nanomed.captions.models import load
 
@@ -178,6 +178,17 @@ def write_captions(words: list[str]) -> int:
             files.write_text(reviewed, page(results, pictures, Path(config.out)))
             files.mark_own(reviewed)
     return 0
+
+
+def _found(name: str) -> Path:
+    """The folder of a captioner."""
+    try:
+        return weights.find(REPOSITORIES.get(name, name))
+    except weights.WeightsNotFound:
+        if "captioner-tiny" not in (REPOSITORIES.get(name), Path(name).name):
+            raise
+        raise weights.WeightsNotFound(f"{name} is not there: python -m nanomed.captions train --out "
+                                      f"weights/captioner-tiny makes it in 17 minutes") from None  # fmt: skip
 
 
 def _t5(name: str, device: torch.device) -> t5.Shortener:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanomed.run.flags import UsageError
@@ -66,7 +67,11 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     """Write a safetensors file atomically; `metadata` is added to `{"format": "pt"}`."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt"} | (metadata or {}))
+        try:
+            save_file(tensors, temporary, {"format": "pt"} | (metadata or {}))
+        except SafetensorError as error:  # which hides the number of the system's error in its words
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:

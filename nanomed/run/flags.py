@@ -289,6 +289,7 @@ def _source(cls: type) -> str:
 
 
 CODES = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 MACHINE = 5  # a file that cannot be read or written, or too little memory
 
 
@@ -310,6 +311,9 @@ def main(run: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = run() or 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        refuse("stopped")
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         code, line = understood(error)
         if code is None:

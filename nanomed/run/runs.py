@@ -13,10 +13,12 @@
 A checkpoint folder appears in one rename, so every folder that is there is whole.
 """
 
+import itertools
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -139,10 +141,9 @@ class Run:
         """A fresh folder under `root`, named by time and model; all ranks get the same one."""
         if config.get("tensorboard"):
             _writer()
-        folder = Path(root) / ranks.agree(time.strftime("%Y-%m-%d_%H%M%S") + f"-{config['model']}")
+        name = time.strftime("%Y-%m-%d_%H%M%S") + f"-{config['model']}"
+        folder = ranks.agree(_new_folder(Path(root), name) if ranks.first else Path())
         if ranks.first:
-            while folder.exists():
-                raise UsageError(f"{folder} exists already; start again in a second, or say --out")
             files.write_json(folder / "config.json", config | {"environment": environment()})
             files.write_json(folder / "state.json", {"status": "running", "stages": []})
         ranks.barrier()
@@ -227,6 +228,11 @@ class Run:
         if self.ranks.first:
             files.write_json(self.folder / "state.json", self.state)
 
+    def preempted(self, received: str) -> None:
+        """Write down, and say, that a signal has stopped the run, which can go on."""
+        self.update(status="preempted")
+        self.say(f"{received}: state saved; go on with --resume {shlex.quote(str(self.folder))}")
+
     def say(self, line: str) -> None:
         """A line for the terminal, of one process."""
         if line and self.ranks.first:
@@ -302,6 +308,10 @@ class Run:
                 value = torch.empty_like(params[name]).copy_(value)
             optimizer.state[params[name]][entry] = value.to(params[name].device, copy=True)  # of no file to be removed
         descent.load(state)
+        best = state["best"] and state["best"]["step"]
+        if best and not (self.folder / "checkpoints" / f"{stage}-step-{best:06d}").is_dir():
+            self.say(f"stage {stage}: the best checkpoint, step {best:,}, is gone; it is chosen anew from here on")
+            state["best"] = {"step": state["step"], "score": None, "by": state["best"].get("by")}
         return state
 
     def prune(self, stage: str, keep: int, best: int | None) -> None:
@@ -333,6 +343,19 @@ class Run:
             config = _read(self.folder / "config.json")
             files.write_text(self.folder / "README.md", model_card(config, results))
         self.update(status="done")
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    """A folder that nobody else has made, even in this second."""
+    root.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def _writer() -> type:
@@ -391,8 +414,8 @@ tags: [medical, diffusion]
 Draw from it: `python sample.py --model RUN --prompts prompts.csv`
 
 ## Training
-Every setting is in `config.json`, the curve in `log.jsonl`. Seed {config["seed"]}, batch {config.get("batch")} on
-{config.get("world", 1)} process(es).
+Every setting is in `config.json` (what a stage has of its own under "recipes"), the curve in `log.jsonl`. Seed
+{config["seed"]}, {config.get("world", 1)} process(es).
 {changes}
 ## Results
 {numbers}

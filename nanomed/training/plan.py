@@ -63,7 +63,11 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
     print(f"  {'total':14} {sum(p.numel() for p in system.parameters()):>13,} parameters, {trained:,} trained")
     print(f"  peak memory    {peak / 1e9:.1f} GB on {device}{note}")
     print(f"  one step       {seconds * config.accumulate:.2f} s, {config.batch * config.accumulate} samples{note}")
-    print(f"  {config.steps:,} steps {seconds * config.accumulate * config.steps / 3600:.1f} hours on this device")
+    if config.epochs:  # how many steps they are, the data decide, which are not read
+        each = seconds / config.batch * 1000 / 3600
+        print(f"  {config.epochs:g} epochs      {each * config.epochs:.2f} hours on this device for each 1,000 samples")
+    else:
+        print(f"  {config.steps:,} steps {seconds * config.accumulate * config.steps / 3600:.1f} hours on this device")
     _print_memory(config, system, stage, trained)
     copies = 3 + bool(config.ema)  # weights, two moments, the average
     print(f"  disk           {(config.keep + 1) * copies * 4 * trained / 1e9:.1f} GB of checkpoints\n")

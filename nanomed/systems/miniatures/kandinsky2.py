@@ -23,6 +23,7 @@ from nanomed.systems import kandinsky2
 from nanomed.systems.assembly import Found
 from nanomed.systems.base import Reading
 from nanomed.systems.kandinsky2 import SCHEDULES, Kandinsky2
+from nanomed.systems.miniatures import TEST_PROMPTS
 from nanomed.text.tokenizers import ClipTokenizer
 
 PRESETS = {
@@ -41,7 +42,7 @@ PRESETS = {
 RECIPES = {
     "kandinsky2-tiny": {
         "": dict(data="toy:2000", batch=32, schedule="cosine", warmup=20, clip=1.0,
-                 test_prompts="weights/msdm-tiny/test.csv"),
+                 test_prompts=TEST_PROMPTS),
         "vae": dict(steps=300, batch=16, lr=2e-3, ema=0.0, save_every=150),
         # the prior is judged by its loss, for there is no decoder yet
         "prior": dict(steps=600, lr=1e-3, ema=0.99, save_every=300, views=4, join=3, score_images=0),

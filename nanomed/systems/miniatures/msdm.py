@@ -2,6 +2,7 @@
 nothing, the encoder of texts together with the U-Net.
 """
 
+from nanomed.systems.miniatures import TEST_PROMPTS
 from nanomed.systems.msdm import MSDM, OPTIONS
 
 __all__ = ["MSDM", "OPTIONS", "PRESETS", "RECIPES"]
@@ -26,12 +27,12 @@ TINY_UNET = dict(batch=32, lr=1.5e-3, schedule="cosine", warmup=50, ema=0.99, cl
 RECIPES = {
     # The best checkpoint by validation loss: between Frechet distances of 64 images chance decides.
     "msdm-tiny": {
-        "": dict(data="toy:2000", augment=False, test_prompts="weights/msdm-tiny/test.csv"),
+        "": dict(data="toy:2000", augment=False, test_prompts=TEST_PROMPTS),
         "vae": TINY_VAE,
         "unet": TINY_UNET | dict(steps=1900, save_every=950, places_first=400),
     },
     "msdm-tiny-64": {  # about forty minutes on one CPU core
-        "": dict(data="toy:4000", augment=False, test_prompts="weights/msdm-tiny/test.csv"),
+        "": dict(data="toy:4000", augment=False, test_prompts=TEST_PROMPTS),
         "vae": TINY_VAE,
         "unet": TINY_UNET | dict(steps=6000, save_every=1000, places_first=600),
     },

@@ -18,6 +18,7 @@ from nanomed.systems import sd
 from nanomed.systems.assembly import Found
 from nanomed.systems.base import Reading, Weighting
 from nanomed.systems.kandinsky3 import Kandinsky3
+from nanomed.systems.miniatures import TEST_PROMPTS
 from nanomed.systems.miniatures.medart import tiny_tokenizer
 from nanomed.systems.sd import StableDiffusion
 from nanomed.text.tokenizers import ClipTokenizer
@@ -41,7 +42,7 @@ PRESETS = {
         text_encoder=dict(vocab_size=512, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
     ),
 }  # fmt: skip
-_ALL = dict(data="toy:2000", augment=False, views=1, test_prompts="weights/msdm-tiny/test.csv")
+_ALL = dict(data="toy:2000", augment=False, views=1, test_prompts=TEST_PROMPTS)
 _VAE = dict(batch=32, lr=3e-3, schedule="cosine", warmup=20, ema=0.0, clip=1.0)
 _UNET = dict(batch=32, lr=1.5e-3, schedule="cosine", warmup=50, ema=0.99, clip=1.0, places=0.3, places_first=400,
              score_images=0)  # fmt: skip

@@ -1,0 +1,100 @@
+"""What stops a run besides the end: signals outside the steps, a full disk, a folder that is not there any more."""
+
+import json
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+
+import train
+from nanomed import systems
+from nanomed.run import files, flags, runs, signals
+from nanomed.run.ranks import ALONE
+
+WORDS = ["--model", "msdm-tiny", "--data", "toy:16", "--batch", "4", "--save_every", "2", "--score_images", "0",
+         "--test_prompts", "", "--log_every", "1", "--stage", "vae"]  # fmt: skip
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Call train.py's main: trained("--steps", "4") -> (exit code, the newest run)."""
+
+    def call(*words: str):
+        places = ["--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *(() if "--resume" in words else WORDS), *places, *words])
+        torch.set_num_threads(1)
+        return train.main(), runs.newest(tmp_path / "runs")
+
+    return call
+
+
+def test_a_signal_outside_the_steps_ends_the_process_and_the_run_says_so(tmp_path):
+    run = runs.Run.create(tmp_path, {"model": "m"}, ALONE)
+    stop = signals.StopSignal()
+    try:
+        stop.leave = lambda: run.preempted(stop.received)
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGINT)
+        assert ended.value.code == signals.PREEMPTED
+        assert json.loads((run.folder / "state.json").read_text())["status"] == "preempted"
+        stop.later, stop.received = True, ""
+        signal.raise_signal(signal.SIGINT)  # between steps it is remembered, and the next one stops at once
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_ctrl_c_in_a_script_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        flags.main(interrupted)
+    assert ended.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_runs_of_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "now")
+    names = [runs.Run.create(tmp_path, {"model": "m"}, ALONE).folder.name for _ in range(3)]
+    assert names == ["now-m", "now-m-2", "now-m-3"]
+
+
+def test_a_full_disk_is_an_error_of_the_machine_with_its_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise files.SafetensorError("Error while serializing: IoError(Os { code: 28 }) No space left (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        files.write_tensors(tmp_path / "x.safetensors", {})
+    assert flags.understood(error.value) == (flags.MACHINE, f"{tmp_path / 'x.safetensors'}: No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_keeps_the_recipe_that_it_began_with(trained, monkeypatch):
+    """A preset that has changed since does not change a run that goes on; config.json says what trains."""
+    code, run = trained("--steps", "2")
+    recipe = systems.recipe("msdm-tiny", "vae")
+    config = json.loads((run / "config.json").read_text())
+    assert code == 0 and config["recipes"]["vae"] == recipe and recipe["lr"] != config["lr"]
+    monkeypatch.setattr(systems, "recipe", lambda preset, stage="": recipe | {"lr": 1.0} if stage else {})
+    assert trained("--resume", str(run), "--steps", "4")[0] == 0
+    rates = [line["lr"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "lr" in line]
+    assert len(rates) == 4 and max(rates) <= recipe["lr"]
+
+
+def test_a_best_checkpoint_that_is_gone_is_said_and_chosen_anew(trained, capsys):
+    _, run = trained("--steps", "6")
+    best = next(line["best"]["step"] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+                if "best" in line)  # fmt: skip
+    state = run / "checkpoints" / "vae-step-000006" / "state.json"
+    kept = json.loads(state.read_text())
+    if best == 6:  # let it be an older one
+        kept["best"]["step"] = best = 2
+        state.write_text(json.dumps(kept))
+    shutil.rmtree(run / "checkpoints" / f"vae-step-{best:06d}", ignore_errors=True)
+    assert trained("--resume", str(run), "--steps", "8")[0] == 0
+    assert f"the best checkpoint, step {best}, is gone" in capsys.readouterr().out
