@@ -195,8 +195,9 @@ def check(config: Config, before: dict, system, ranks: Ranks) -> None:
 
 
 def settings_of(config: Config) -> dict:
-    """The flags that are settings of the system's constructor, as far as the command line or the preset says them."""
-    known = systems.settings(config.model)
+    """The flags that are settings of the system's constructor, as far as the command line or the preset says them. Its
+    `steps` are those of drawing, and --steps are those of training."""
+    known = {*systems.settings(config.model)} - {"steps"}
     said = {name: getattr(config, name) for name in config.given if name in known}
     if (config.rank or starts(config)) and config.precision == "bf16":  # what is frozen below adapters is bf16
         said["dtype"] = torch.bfloat16

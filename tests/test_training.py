@@ -185,6 +185,7 @@ def test_what_a_run_leaves_behind(run_train, tmp_path):
     assert "Not for diagnosis" in (run / "README.md").read_text()
     system = nanomed.load(run)
     assert system.vae.scale != 1.0
+    assert system.steps == systems.settings("msdm-tiny")["steps"]  # of drawing: --steps are those of training
     images = system.sample(["Generate an image containing text."], ImageNoise(0, [0]), steps=2)
     assert images.shape == (1, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
 
