@@ -81,8 +81,8 @@ def _of_stability(key: str, resnets: int, file: object) -> str:
     if not (match := _BLOCK.fullmatch(key)):
         return dotted(key, file)
     if match[5]:
-        place = ("resnets.0", "attentions.0", "resnets.1")[int(match[5])]
-        return f"mid_block.{place}.{_inside(match[6], file)}"
+        middle = ("resnets.0", "attentions.0", "resnets.1")[int(match[5])]
+        return f"mid_block.{middle}.{_inside(match[6], file)}"
     column, rest = int(match[3]), match[4]
     if match[1] == "input":
         level, place = divmod(int(match[2]) - 1, resnets + 1)
