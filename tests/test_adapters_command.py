@@ -325,18 +325,24 @@ def test_show_says_what_a_file_is(theirs, capsys, tmp_path):
     assert "unet: rank 2, alpha 2 (not said: taken for the rank), 1 layers, 8 values, float16" in said
 
 
+def test_names_in_kohyas_keys_get_their_dots_back(theirs, tmp_path):
+    """Its file of PixArt's adapter as a PEFT folder: the tensors and alpha of the folder that peft wrote."""
+    assert main([str(theirs[0] / "anything.safetensors"), "--to", "peft", "--out", str(tmp_path / "p")]) == 0
+    mine, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "p", theirs[0] / "peft"))
+    assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+    assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["lora_alpha"] == 6
+
+
 @pytest.mark.parametrize("words, code", [
     (["show", "nowhere"], 4), (["nowhere", "--to", "peft", "--out", "x"], 4), (["RUN"], 2),
     (["RUN", "--to", "peft"], 2),
     (["RUN", "--to", "peft", "--merge", "--out", "x"], 2), (["RUN", "--to", "kohya", "--out", "RUN"], 2),
     (["JUNK", "--to", "kohya", "--out", "x"], 4), (["show", ""], 4), (["show", "x" * 5000], 4),
-    (["KOHYA", "--to", "peft", "--out", "x"], 4),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_an_exit_code(words, code, theirs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    places = {"RUN": theirs[0] / "peft", "JUNK": tmp_path / "junk.safetensors",
-              "KOHYA": theirs[0] / "anything.safetensors"}  # fmt: skip
+    places = {"RUN": theirs[0] / "peft", "JUNK": tmp_path / "junk.safetensors"}
     assert main([str(places.get(word, word)) for word in words]) == code
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and not said.out

@@ -22,7 +22,7 @@ from nanomed import systems
 from nanomed.data import buckets, images, load
 from nanomed.data.images import to_unit
 from nanomed.data.table import Row
-from nanomed.run import runs, signals
+from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
 from nanomed.run.ranks import Ranks
 from nanomed.run.signals import PREEMPTED
@@ -293,13 +293,13 @@ QUICK = ["--batch", "2", "--steps", "4", "--save_every", "4", "--score_images", 
 
 @pytest.fixture
 def run_train(monkeypatch, tmp_path_factory):
-    """Run train.py in this process: run_train(folder, *flags, stop_after=step) -> (exit code, run folder)."""
+    """Run train.py in this process: run_train(folder, *words, stop_after=step) -> (exit code, run folder)."""
     cache = tmp_path_factory.getbasetemp() / "cache"
     for name in ("sd-tiny", "kandinsky3-tiny"):
         monkeypatch.setitem(tiny.PRESETS, name, tiny.PRESETS[name] | dict(steps=2))
 
-    def go(out: Path, *flags: str, stop_after: int = 10**9) -> tuple[int, Path]:
-        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--cache", str(cache), *flags])
+    def go(out: Path, *words: str, stop_after: int = 10**9) -> tuple[int, Path]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--cache", str(cache), *words])
         monkeypatch.setattr(signals, "StopSignal", StopAfter(stop_after))
         return train.main(), runs.newest(out)
 
@@ -320,10 +320,10 @@ def test_a_run_of_changing_shapes_resumes_to_the_last_bit(run_train, tmp_path, f
     monkeypatch.setattr(tiny.SDTiny, "forward", lambda self, batch, stage, step: (
         seen.append(tuple(batch.get("moments", batch.get("image")).shape[2:])) if stage == "unet" else None,
         forward(self, batch, stage, step))[1])  # fmt: skip
-    flags = ["--model", "sd-tiny", "--data", f"folder:{folder}", *QUICK]
-    code, straight = run_train(tmp_path / "a", *flags)
+    words = ["--model", "sd-tiny", "--data", f"folder:{folder}", *QUICK]
+    code, straight = run_train(tmp_path / "a", *words)
     assert code == 0 and len({*seen}) >= 3, seen
-    code, stopped = run_train(tmp_path / "b", *flags, stop_after=4 + 2)
+    code, stopped = run_train(tmp_path / "b", *words, stop_after=4 + 2)
     assert code == PREEMPTED
     with pytest.raises(UsageError, match="buckets was True and is False now"):
         run_train(tmp_path / "b", "--resume", str(stopped), "--buckets", "false")
@@ -336,6 +336,16 @@ def test_a_run_of_changing_shapes_resumes_to_the_last_bit(run_train, tmp_path, f
     (stopped / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="buckets was False and is True now"):
         run_train(tmp_path / "b", "--resume", str(stopped), "--buckets")
+
+
+def test_no_border_is_added_where_images_keep_their_shapes(folder, tmp_path):
+    """Kandinsky's black border around what is not square is for squares alone."""
+    system = systems.build("kandinsky3-tiny", random=True)
+    system.pad = True  # as in the published ones
+    for words, padded in (["--buckets"], False), ([], True):
+        words = ["--model", "kandinsky3-tiny", "--data", f"folder:{folder}", "--cache", str(tmp_path), *words]
+        tables = train.read_data(flags.parse(train.Config, words, systems.recipe, systems.options), system)
+        assert [row.pad for table in tables for row in table.rows] == [padded] * len(SIDES)
 
 
 @pytest.mark.parametrize("preset", ["dit-tiny"])

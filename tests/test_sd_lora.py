@@ -243,8 +243,8 @@ def test_every_published_name_is_cut_where_its_dots_were(network):
 
 @pytest.mark.parametrize("network, up", [("sd15_unet", (1, 2, 2)), ("sdxl_unet", (2, 2))])
 def test_stabilitys_names_of_the_published_unets(network, up):
-    """Of attention alone, as most adapters are, with nothing in the file that tells how many blocks a level has; and of
-    all layers."""
+    """All layers; and attention alone, as in most adapters, or one change of resolution, which do not tell how many
+    blocks a level has."""
     layers = {name.removesuffix(".weight") for name, shape in names_and_shapes(network).items()
               if name.endswith(".weight") and len(shape) in (2, 4)}  # fmt: skip
     kinds = {"sd15_unet": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], "sdxl_unet": [*["CrossAttnUpBlock2D"] * 2, "Up"]}
@@ -257,8 +257,9 @@ def test_stabilitys_names_of_the_published_unets(network, up):
         spelled[".".join(filter(None, (places[head], rest))).replace(".", "_")] = layer
     assert len(spelled) == len(layers) and ("input_blocks_4_1_proj_in" in spelled)
     assert kohya.named(spelled, "a file") == spelled
-    attention = {key: layer for key, layer in spelled.items() if "attentions" in layer}
-    assert kohya.named(attention, "a file") == attention
+    for some in ("attentions", "down_blocks.1.downsamplers", "up_blocks.1.upsamplers", "resnets"):
+        part = {key: layer for key, layer in spelled.items() if some in layer}
+        assert part and kohya.named(part, "a file") == part
 
 
 @pytest.mark.parametrize("key, said", [

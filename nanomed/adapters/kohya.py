@@ -7,6 +7,7 @@ is cut wrongly is a test. Names in Stability's own code (`input_blocks_4_1_...`)
 many residual blocks a level as the names show, or two, as Stable Diffusion 1, 2 and XL have.
 """
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -68,11 +69,12 @@ def is_unet(name: str) -> bool:
 
 
 def _resnets(keys: Iterable[str]) -> int:
-    """Residual blocks of a level on the way down, as the first change of resolution shows; two where none is named."""
+    """Residual blocks of a level on the way down: two, unless changes of resolution are at other places. They are at
+    every (n + 1)-th place, on the way up with the last block before it."""
     found = [match for key in keys if (match := _BLOCK.fullmatch(key))]
-    down = [int(match[2]) - 1 for match in found if match[1] == "input" and match[4] == "op"]
-    up = [int(match[2]) for match in found if match[1] == "output" and match[4] == "conv"]
-    return min(down, default=min(up, default=2))
+    changes = [int(match[2]) for match in found if match[1] == "input" and match[4] == "op"]
+    changes += [int(match[2]) + 1 for match in found if match[1] == "output" and match[4] == "conv"]
+    return 2 if math.gcd(*changes) % 3 == 0 else max(math.gcd(*changes) - 1, 1)
 
 
 def _of_stability(key: str, resnets: int, file: object) -> str:
