@@ -111,8 +111,8 @@ def main() -> int:
     stop = signals.StopSignal()
     split = read_data(config, before, system, ranks)
     rows = reversed(split[0].rows + split[1].rows)  # so that the first image of a text is the one that is named
-    told = {text: str(row.file) for row in rows for text in row.prompts + row.paraphrases}
-    long, pieces = system.judge_lengths(told, config.long_prompts, config.data)
+    texts = {text: str(row.file) for row in rows for text in row.prompts + row.paraphrases}
+    long, pieces = system.judge_lengths(texts, config.long_prompts, config.data)
     system.pieces = max([1, *pieces.values()])  # of all texts alike, for they share batches
     run = open_run(config, before, system, split, ranks)
     images = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
@@ -213,7 +213,6 @@ def read_data(config: Config, before: dict, system, ranks: Ranks):
     """(training, held out): two tables of rows. The toy world is drawn where it is asked for and not there yet. What
     --range auto decides is kept with the settings of the run, and holds when it goes on."""
     from nanomed import data
-    from nanomed.data.prompts import read_prompts
 
     table = data.load(config.data, Path(config.cache), system.size)
     same = {name: before.get(name) for name in ("data", "range")} == {"data": config.data, "range": config.range}

@@ -213,7 +213,7 @@ class Batches:
         return self.items[self._order(epoch)[place]]
 
     def _sample(self, position: int) -> tuple[Tensor | int | tuple, str]:
-        """The image (with shapes, and its sizes; or its row in `columns`) and the prompt at a position."""
+        """The image (with shapes, and its sizes; or the row of what is kept of it) and the prompt at a position."""
         how = self.how
         index, which = self._item(position)
         row = self.rows[index]

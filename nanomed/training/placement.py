@@ -92,9 +92,11 @@ class Placement:
 
 def pieces(module: nn.Module, vocabulary: bool) -> list[nn.Module]:
     """The outermost modules in lists that are called and have weights, such as the blocks of a transformer, and the
-    embedding with the most rows where there is a vocabulary."""
+    embedding with the most rows where there is a vocabulary. An `Upsample` is left whole: on a CPU it hands on a view,
+    of which FSDP cannot promise gradients, and it is one convolution."""
     lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
     called = [block for blocks in lists for block in blocks if type(block).forward is not nn.Module.forward]
+    called = [block for block in called if type(block).__name__ != "Upsample"]
     blocks = [block for block in called if any(True for _ in block.parameters())]
     inner = {id(child) for block in blocks for child in block.modules() if child is not block}
     tables = [child for child in module.modules() if isinstance(child, nn.Embedding)] if vocabulary else []

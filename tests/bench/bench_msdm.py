@@ -1,7 +1,7 @@
 """MSDM's training step and sampling against the work of the released loop, with the same networks, in one run.
 
     python tests/bench/bench_msdm.py train                    both sides in turns, fp32 and bf16, medians and ratios
-    python tests/bench/bench_msdm.py train --allocator        ours as train.py --allocator runs it, the peer as it comes
+    python tests/bench/bench_msdm.py train --allocator        ours keeps freed memory, the peer as it comes
     python tests/bench/bench_msdm.py overhead                 Python per solver step, with a network that does nothing
     python tests/bench/bench_msdm.py texts                    5,000 prompts with 260 texts, once each or row by row
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=40, help="rows that are timed one by one")
     parser.add_argument(
-        "--allocator", action="store_true", help="ours keeps freed memory, as train.py --allocator does"
+        "--allocator", action="store_true", help="ours keeps freed memory, as train.py does on a CPU"
     )
     parser.add_argument("--peer_channels_last", action="store_true", help="the peer's convolutions as ours")
     parser.add_argument("--self_conditioning", action="store_true", help="half the steps then run the network twice")
