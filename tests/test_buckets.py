@@ -24,7 +24,7 @@ from nanomed.data.images import to_unit
 from nanomed.data.table import Row
 from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
-from nanomed.run.ranks import Ranks
+from nanomed.run.ranks import ALONE, Ranks
 from nanomed.run.signals import PREEMPTED
 from nanomed.systems import sizes
 from nanomed.systems.miniatures import unets as tiny
@@ -263,7 +263,7 @@ def test_a_dry_run_measures_the_largest_shape(monkeypatch, capsys):
     monkeypatch.setattr(system, "bucket_shapes", lambda: ((32, 32), (28, 40), (24, 40)))
     monkeypatch.setattr(system, "activations", lambda stage, batch: {"a step": 0.0})
     config = type("Config", (), dict(rank=0, frozen="device", precision="fp32", batch=1, accumulate=1, clip=1.0, keep=1,
-                                     ema=0.0, steps=1, buckets=True))  # fmt: skip
+                                     ema=0.0, steps=1, epochs=0.0, buckets=True))  # fmt: skip
     plan.dry_run(config, system, "unet", torch.device("cpu"))
     assert "--buckets: 3 shapes, measured at the largest, 28 x 40 pixels" in capsys.readouterr().out
     assert system.example("unet", 1, torch.device("cpu"))["moments"].shape == (1, 8, 7, 10)
@@ -344,7 +344,8 @@ def test_no_border_is_added_where_images_keep_their_shapes(folder, tmp_path):
     system.pad = True  # as in the published ones
     for words, padded in (["--buckets"], False), ([], True):
         words = ["--model", "kandinsky3-tiny", "--data", f"folder:{folder}", "--cache", str(tmp_path), *words]
-        tables = train.read_data(flags.parse(train.Config, words, systems.recipe, systems.options), system)
+        config = flags.parse(train.Config, words, systems.recipe, systems.options)
+        tables = train.read_data(config, {}, system, ALONE)
         assert [row.pad for table in tables for row in table.rows] == [padded] * len(SIDES)
 
 

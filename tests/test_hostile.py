@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from functools import cache
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def there(place, monkeypatch):
     monkeypatch.setattr(files, "_sync", lambda path: None)
     monkeypatch.setattr(weights, "fingerprint", lambda system: "")
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *a, **k: module)
-    monkeypatch.setattr(signals, "StopSignal", lambda: None)
+    monkeypatch.setattr(signals, "StopSignal", types.SimpleNamespace)
     monkeypatch.setattr(train, "train_stage", lambda *a: True)
     monkeypatch.setattr(train, "draw_and_evaluate", lambda *a: {})
     monkeypatch.setattr("nanomed.training.plan.dry_run", lambda *a: None)

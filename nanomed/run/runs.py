@@ -308,7 +308,7 @@ class Run:
                 value = torch.empty_like(params[name]).copy_(value)
             optimizer.state[params[name]][entry] = value.to(params[name].device, copy=True)  # of no file to be removed
         descent.load(state)
-        best = state["best"] and state["best"]["step"]
+        best = state.get("best") and state["best"]["step"]
         if best and not (self.folder / "checkpoints" / f"{stage}-step-{best:06d}").is_dir():
             self.say(f"stage {stage}: the best checkpoint, step {best:,}, is gone; it is chosen anew from here on")
             state["best"] = {"step": state["step"], "score": None, "by": state["best"].get("by")}
