@@ -1,12 +1,8 @@
-"""A page that shows an evaluation: one HTML file that needs nothing else.
-
-No script, no font, no picture comes from elsewhere (a Content-Security-Policy forbids it), every text is escaped,
-pictures are JPEG thumbnails inside the file. It reads on a desktop and on a phone.
+"""A page that shows an evaluation: tables, pictures and charts in one HTML file (run/webpage.py) that reads on a
+desktop and on a phone.
 """
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 from nanomed.evaluation import table
+from nanomed.run import webpage
+from nanomed.run.webpage import bullets, text
 
 THUMB = 160  # pixels, the longer side of a picture
 SHOWN = 280  # characters of a prompt before it folds
@@ -115,24 +113,7 @@ class Row:
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     """The whole file. Titles are texts, the bodies of `sections` are HTML that the functions below made."""
-    body = "".join(
-        f"<section><h2>{text(heading)}</h2>{content}</section>\n" for heading, content in sections if content
-    )
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{text(title)}</h1>\n<p class="soft">{text(lead)}</p>\n{body}</main>\n</body>\n</html>\n'
-    )
-
-
-def text(value: str) -> str:
-    """Any text as HTML: escaped, without control characters, kept apart from its neighbours' writing direction."""
-    value = value.encode("utf-8", "replace").decode()
-    value = "".join(c for c in value if c >= " " or c in "\n\t")
-    return f"<bdi>{html.escape(value)}</bdi>"
+    return webpage.page(title, lead, sections, STYLE)
 
 
 def folded(value: str) -> str:
@@ -140,10 +121,6 @@ def folded(value: str) -> str:
     if len(value) <= SHOWN:
         return text(value)
     return f"<details><summary>{text(value[:SHOWN] + '…')}</summary>{text(value)}</details>"
-
-
-def bullets(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -192,13 +169,7 @@ def comparison(runs: Mapping[str, table.Results]) -> str:
 
 def thumbnail(image: np.ndarray, side: int = THUMB) -> str:
     """An <img> with the picture inside, at most `side` pixels long."""
-    picture = Image.fromarray(image)
-    small = max(picture.size) < side / 2
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=92 if small else 82, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img{" class=small" if small else ""} alt="" src="data:image/jpeg;base64,{data}">'
+    return webpage.thumbnail(Image.fromarray(image), side)
 
 
 def _figure(picture: Picture) -> str:

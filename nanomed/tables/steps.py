@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanomed import data
 from nanomed.run.flags import UsageError
 from nanomed.tables import medart, mmcp
 from nanomed.tables.mmcp import DRAWN_TOY
@@ -20,7 +21,6 @@ from nanomed.tables.rows import INCEPTION, OTHER, Row, Table, Training, Words
 
 TABLES = {table.name: table for table in (*mmcp.TABLES, *medart.TABLES)}
 TRAININGS = {training.name: training for training in (*mmcp.TRAININGS, *medart.TRAININGS)}
-KINDS = ("clef", "clefclasses", "folder", "ham10000", "kvasir", "skin", "toy", "toyclasses")
 PASSING = ("--weights", "--cache")  # flags that say where things are, and not what they are
 
 
@@ -84,7 +84,7 @@ def data_of(table: Table, how: How) -> str:
     """The data set of a table: what --data names, of the table's kind where it names a folder alone."""
     if how.tiny:
         return table.tiny
-    if how.data.partition(":")[0] in KINDS and not Path(how.data).exists():
+    if how.data.partition(":")[0] in data.KINDS and not Path(how.data).exists():
         return how.data
     return f"{table.kind}:{how.data}"
 

@@ -1,12 +1,7 @@
-"""The page of a run: RUN/report.html, drawn from the run's own files, one file that needs nothing else.
-
-No script, no font, no picture comes from elsewhere (a Content-Security-Policy forbids it); every text is escaped; grids
-are small JPEGs inside the file. It reads on a desktop and on a phone, in the light and in the dark.
+"""The page of a run: RUN/report.html, drawn from the run's own files, one file that needs nothing else
+(run/webpage.py). It reads on a desktop and on a phone, in the light and in the dark.
 """
 
-import base64
-import html
-import io
 import json
 import math
 import os
@@ -19,9 +14,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from nanomed.run import files
+from nanomed.run import files, webpage
 from nanomed.run.progress import duration
 from nanomed.run.runs import Run
+from nanomed.run.webpage import bullets, escaped, text
 
 NAME = "report.html"
 MAKER = '<meta name="generator" content="nanomed: a training run">'  # by this a page is known as one of these
@@ -99,13 +95,13 @@ def write(folder: str | Path) -> Path:
         parts.insert(0, ("Results of the test", _results(json.loads(results.read_text(encoding="utf-8")))))
     given = {name: config.get(name, "") for name in config.get("given", ()) if name != "model"}
     parts += [
-        ("Notes", _bullets(notes(lines))),
+        ("Notes", bullets(notes(lines))),
         ("Settings that were given", _table(given) or '<p class="soft">none: all are the preset\'s</p>'),
         ("Machine", _table(_machine(config))),
     ]
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     lead = f"{config.get('model')} on {config.get('data')}: {state.get('status')}, as of {now}"
-    files.write_text(page, _page(folder.resolve().name, lead, parts))
+    files.write_text(page, webpage.page(folder.resolve().name, lead, parts, STYLE, f"{MAKER}\n"))
     return page
 
 
@@ -199,7 +195,7 @@ def _stage(folder: Path, stage: str, lines: Sequence[dict], state: dict) -> str:
     figures = [_figure(grids[n], f"step {n:,}", bool(best) and n == best["step"]) for n in chosen(sorted(grids))]
     charts = f'<div class="charts">{"".join(drawings)}</div>' if any(drawings) else ""
     line = f'<div class="time" tabindex="0" role="region" aria-label="grids">{"".join(figures)}</div>'
-    return f"<p>{_text('; '.join(told))}</p>{charts}{line if figures else ''}"
+    return f"<p>{text('; '.join(told))}</p>{charts}{line if figures else ''}"
 
 
 def _chart(name: str, points: Sequence[tuple[int, float]], seen: Sequence[tuple[int, float]]) -> str:
@@ -244,8 +240,8 @@ def _chart(name: str, points: Sequence[tuple[int, float]], seen: Sequence[tuple[
         [f"dots: held-out images, now {seen[-1][1]:.4g}"] if seen else []
     )
     key.append("log scale" if logarithmic else "linear scale")
-    return (f'<div><h3>{_text(name)}</h3><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_escape(name)}">'
-            f'{"".join(shapes)}</svg><div class="key">{_text(", ".join(key))}</div></div>')  # fmt: skip
+    return (f'<div><h3>{text(name)}</h3><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escaped(name)}">'
+            f'{"".join(shapes)}</svg><div class="key">{text(", ".join(key))}</div></div>')  # fmt: skip
 
 
 def _short(value: float) -> str:
@@ -267,16 +263,10 @@ def extremes(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _figure(path: Path, caption: str, kept: bool) -> str:
     """A grid, small, as an image inside the page."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    small = max(picture.size) < SIDE / 2
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=92 if small else 82, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
     said = caption + (", kept" if kept else "")
-    return (f'<figure{" class=kept" if kept else ""}><img{" class=small" if small else ""} alt="{_escape(said)}" '
-            f'src="data:image/jpeg;base64,{data}"><figcaption>{_text(said)}</figcaption></figure>')  # fmt: skip
+    with Image.open(path) as image:
+        shown = webpage.thumbnail(image.convert("RGB"), SIDE, said)
+    return f"<figure{' class=kept' if kept else ''}>{shown}<figcaption>{text(said)}</figcaption></figure>"
 
 
 # ------------------------------------------------------------------------------------------------------ the other parts
@@ -297,33 +287,6 @@ def _machine(config: dict) -> dict[str, str]:
     return {name: str(value) for name, value in told.items() if value}
 
 
-def _escape(value: object) -> str:
-    """Any value as the text of an attribute: escaped, without control characters."""
-    said = str(value).encode("utf-8", "replace").decode()
-    return html.escape("".join(c for c in said if c >= " " or c in "\n\t"))
-
-
-def _text(value: object) -> str:
-    """Any value as HTML, kept apart from its neighbours' writing direction."""
-    return f"<bdi>{_escape(value)}</bdi>"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>" if lines else ""
-
-
 def _table(rows: dict) -> str:
-    body = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows.items())
+    body = "".join(f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in rows.items())
     return f"<table>{body}</table>" if rows else ""
-
-
-def _page(title: str, lead: str, parts: Sequence[tuple[str, str]]) -> str:
-    body = "".join(f"<section><h2>{_text(name)}</h2>{content}</section>\n" for name, content in parts if content)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{MAKER}\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{_text(title)}</h1>\n<p class="soft">{_text(lead)}</p>\n{body}</main>\n</body>\n</html>\n'
-    )
