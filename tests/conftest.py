@@ -96,3 +96,18 @@ def untrained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     system.save(folder)
     return folder
+
+
+class StopAfter:
+    """A stop signal that arrives during optimizer step number `step` (counted from the start of the process)."""
+
+    def __init__(self, step: int):
+        self.left = step
+
+    def __call__(self):
+        return self
+
+    @property
+    def received(self) -> str:
+        self.left -= 1
+        return "SIGTERM" if self.left <= 0 else ""

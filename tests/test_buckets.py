@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import close
+from conftest import StopAfter, close
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -270,21 +270,6 @@ def test_a_dry_run_measures_the_largest_shape(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
-
-
-class StopAfter:
-    """A stop signal that arrives during optimizer step number `step`."""
-
-    def __init__(self, step: int):
-        self.left = step
-
-    def __call__(self):
-        return self
-
-    @property
-    def received(self) -> str:
-        self.left -= 1
-        return "SIGTERM" if self.left <= 0 else ""
 
 
 QUICK = ["--batch", "2", "--steps", "4", "--save_every", "4", "--score_images", "0", "--test_prompts", "",

@@ -18,7 +18,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import close
+from conftest import StopAfter, close
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -346,18 +346,6 @@ def run_train(monkeypatch, tmp_path_factory):
     """Run train.py in this process: run_train(folder, *flags, stop_after=step) -> (exit code, run folder)."""
     cache = tmp_path_factory.getbasetemp() / "medart-cache"
     monkeypatch.setattr(MedArt, "sample", lambda self, prompts, noise, **_: torch.zeros(len(prompts), 3, 32, 32))
-
-    class StopAfter:
-        def __init__(self, step):
-            self.left = step
-
-        def __call__(self):
-            return self
-
-        @property
-        def received(self):
-            self.left -= 1
-            return "SIGTERM" if self.left <= 0 else ""
 
     def go(out, *flags, stop_after=10**9):
         monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--out", str(out), "--cache", str(cache), *flags])

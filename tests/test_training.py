@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import StopAfter
 from safetensors.torch import load_file
 
 import train
@@ -29,21 +30,6 @@ from nanomed.training.optimizer import EMA, adamw, clip_gradients
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--model", "msdm-tiny", "--data", "toy:24", "--batch", "4", "--steps", "6", "--save_every", "2",
          "--score_images", "0", "--test_prompts", "", "--log_every", "1", "--keep", "9"]  # fmt: skip
-
-
-class StopAfter:
-    """A stop signal that arrives during optimizer step number `step` (counted from the start of the process)."""
-
-    def __init__(self, step: int):
-        self.left = step
-
-    def __call__(self):
-        return self
-
-    @property
-    def received(self) -> str:
-        self.left -= 1
-        return "SIGTERM" if self.left <= 0 else ""
 
 
 @pytest.fixture
