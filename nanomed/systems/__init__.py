@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nanomed.systems.base import System
 
 FILES = {  # preset -> file in this folder and class in it
-    "msdm": "msdm.MSDM", "msdm-tiny": "miniatures.msdm.MSDM", "msdm-tiny-64": "miniatures.msdm.MSDM",
+    "msdm": "msdm.MSDM", "msdm-tiny": "miniatures.msdm.MSDMTiny", "msdm-tiny-64": "miniatures.msdm.MSDM",
     "pixart": "pixart.PixArt",
     "medart": "medart.MedArt", "medart-skin": "medart.MedArt",
     "medart-tiny": "miniatures.medart.MedArtTiny",
