@@ -2,7 +2,7 @@
 
     python tests/bench/bench_card.py miniatures        every miniature trains in bf16, is stopped and resumed, and draws
     python tests/bench/bench_card.py waits             where a training step waits for the device, between log lines
-    python tests/bench/bench_card.py memory [NAME ...] peak memory of real steps at full size, beside --dry_run's sum
+    python tests/bench/bench_card.py memory [NAME ...] peak memory of real steps at full size, beside --dry_run's count
 
 Memory is PyTorch's largest allocation; the arithmetic adds 1 GB for CUDA itself, which is taken off here.
 """
@@ -101,10 +101,10 @@ def waits() -> None:
 
 
 def memory(names: list[str]) -> None:
-    print(f"{'':32} {'measured':>9} {'arithmetic':>11} {'ratio':>6}   step")
+    print(f"{'':32} {'measured':>9} {'on shapes':>11} {'ratio':>6}   step")
     for name in names or FULL:
         code, said, _ = command("train.py", *FULL[name].split(), "--precision", "bf16", "--dry_run")
-        peak, step = re.search(r"peak memory +([\d.]+) GB", said), re.search(r"one step +([\d.]+) s", said)
+        peak, step = re.search(r"measured, a step  +([\d.]+) GB", said), re.search(r"one step +([\d.]+) s", said)
         sums = re.search(r"in all  +([\d.]+) GB", said)
         if code or not (peak and sums and step):
             print(f"{name:32} exit code {code}\n{said[-1500:]}", flush=True)
