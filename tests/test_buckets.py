@@ -262,7 +262,7 @@ def test_published_tables_are_used_where_there_are_any(monkeypatch):
 def test_a_dry_run_counts_the_largest_shape(monkeypatch, capsys):
     system = systems.build("sd-tiny", random=True)
     monkeypatch.setattr(system, "bucket_shapes", lambda: ((32, 32), (28, 40), (24, 40)))
-    monkeypatch.setattr(plan, "cost_of", lambda config, system, stage: Cost(0, 0))
+    monkeypatch.setattr(plan, "cost_of", lambda config, system, stage, card: Cost(0, 0))
     config = type("Config", (), dict(rank=0, frozen="device", precision="fp32", batch=1, accumulate=1, clip=1.0, keep=1,
                                      ema=0.0, eps=1e-8, weight_decay=0.0, steps=1, epochs=0.0, buckets=True)
                   )  # fmt: skip

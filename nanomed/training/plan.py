@@ -33,7 +33,7 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
         print(f"--buckets: {len(several)} shapes, counted at the largest, {largest[0]} x {largest[1]} pixels")
     kinds = system.kinds(stage)
     with working(f"stage {stage}: counting a step on shapes"):
-        costs = {name: cost_of(config, system, stage, **settings) for name, settings in kinds.items()}
+        costs = {name: cost_of(config, system, stage, card=True, **settings) for name, settings in kinds.items()}
 
     trained = sum(p.numel() for p in params.values())
     print(f"stage {stage}")

@@ -6,21 +6,27 @@ counts the storages that live. So no system needs a formula of its own, and the 
 
 Counted is every tensor: gradients, moments, averages, the batch, what autograd keeps, and what lies between operations.
 Not counted is what one kernel takes for itself and gives back (workspaces of convolutions), what CUDA's allocator
-rounds up (tensors to 512 bytes, blocks to 2 MB) or cannot fill, and CUDA itself (about 0.5 GB). Operations are those of
-the device: the attention and the autocast of a CPU keep other things than those of a GPU, where norms are in float32.
-Texts have their full length, as the longest of a batch may.
+rounds up (tensors to 512 bytes, blocks to 2 MB) or cannot fill, and CUDA itself (about 0.5 GB). Texts have their full
+length, as the longest of a batch may.
+
+Operations are those of the device. Of what a CPU does otherwise than a card, two things are undone for `card`: its own
+convolutions of maps with channels last (layers/convolution.py), and the norms of autocast, which CUDA computes in
+float32. Attention keeps the same on both, as far as a card has a kernel for its mask.
 """
 
 import copy
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from nanomed.run.hardware import autocast
@@ -44,17 +50,31 @@ class Cost:
     flops: int
 
 
-def cost_of(config, system, stage: str, **settings) -> Cost:
+class Float32Norms(TorchFunctionMode):
+    """Under autocast, norms in float32 as CUDA has them (the list in the documentation of torch.amp); a CPU's stay in
+    the dtype that they find."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (F.layer_norm, F.group_norm) or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def cost_of(config, system, stage: str, card: bool, **settings) -> Cost:
     """What a step of a stage costs, once the optimizer has its state. The system has its adapters, and what trains in
     the stage has `requires_grad`; nothing of it is changed.
 
+    card       as on a card, where the system is on a CPU
     settings   attributes of the system under which the step is made (`System.kinds`)
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    shadow = shadow_of(system, mode)
+    mode, card = FakeTensorMode(allow_non_fake_inputs=True), card and system.device.type == "cpu"
+    shadow = shadow_of(system, mode, contiguous=card)
     for name, value in settings.items():
         setattr(shadow, name, value)
-    with mode, torch.device(system.device), Alive(shadow.parameters()) as alive:
+    like = Float32Norms() if card else nullcontext()
+    with mode, torch.device(system.device), like, Alive(shadow.parameters()) as alive:
         descent = descent_of(config, shadow)
         for param in descent.params.values():
             param.grad = torch.zeros_like(param)
@@ -64,9 +84,15 @@ def cost_of(config, system, stage: str, **settings) -> Cost:
     return Cost(alive.most, alive.flops)
 
 
-def shadow_of(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def shadow_of(module: nn.Module, mode: FakeTensorMode, contiguous: bool = False) -> nn.Module:
     """A copy with fake parameters, which knows what the module knows and shares nothing with it."""
-    return copy.deepcopy(module, {id(param): mode.from_tensor(param) for param in module.parameters()})
+
+    def fake(param: nn.Parameter) -> nn.Parameter:
+        like = mode.from_tensor(param)
+        with mode:
+            return nn.Parameter(like.detach().contiguous(), param.requires_grad) if contiguous else like
+
+    return copy.deepcopy(module, {id(param): fake(param) for param in module.parameters()})
 
 
 def descent_of(config, system) -> Descent:

@@ -104,12 +104,13 @@ def memory(names: list[str]) -> None:
     print(f"{'':32} {'measured':>9} {'on shapes':>11} {'ratio':>6}   step")
     for name in names or FULL:
         code, said, _ = command("train.py", *FULL[name].split(), "--precision", "bf16", "--dry_run")
-        peak, step = re.search(r"measured, a step  +([\d.]+) GB", said), re.search(r"one step +([\d.]+) s", said)
+        peak = max(map(float, re.findall(r"measured, .*? +([\d.]+) GB", said)), default=0.0)
+        step = re.search(r"one step +([\d.]+) s", said)
         sums = re.search(r"in all  +([\d.]+) GB", said)
         if code or not (peak and sums and step):
             print(f"{name:32} exit code {code}\n{said[-1500:]}", flush=True)
             continue
-        measured, summed = float(peak[1]), float(sums[1]) - 1.0
+        measured, summed = peak, float(sums[1]) - 1.0
         print(f"{name:32} {measured:6.1f} GB {summed:8.1f} GB {summed / measured:6.2f}   {step[1]} s", flush=True)
 
 
