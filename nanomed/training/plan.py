@@ -2,7 +2,7 @@
 
 Memory is counted on shapes (shadow.py), so that the largest system says on any machine which card it fits. A GPU makes
 real steps besides, and says what its allocator held in them. A CPU makes them where they take seconds; else the time of
-one is that of its floating-point operations at the pace of a product of matrices here.
+one is that of its floating-point operations at half the pace of a large layer here.
 """
 
 import time
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 from nanomed.run.progress import working
 from nanomed.training.caches import shapes
@@ -17,8 +18,8 @@ from nanomed.training.placement import gigabytes, places_of
 from nanomed.training.shadow import Cost, cost_of, descent_of, one_step
 
 CARDS = (8, 12, 16, 24, 40, 80)  # gigabytes
-FACTOR = "real steps take one to four times that"
-PATIENCE = 10  # seconds that two steps may take on a CPU, by their operations
+PATIENCE = 20  # seconds that two steps may take on a CPU
+SLOWER = 2.0  # than one layer's products are networks: 1.4 to 2.5 for eight of 10 to 90 GFLOP a step, in fp32 and bf16
 
 
 def dry_run(config, system, stage: str, device: torch.device) -> None:
@@ -56,19 +57,21 @@ def dry_run(config, system, stage: str, device: torch.device) -> None:
 def _print_memory(config, system, stage: str, costs: dict[str, Cost]) -> None:
     """The arithmetic on shapes: as asked for, and with the frozen parts in the other places."""
     for name, cost in costs.items():
-        print(f"  {name:28} {cost.bytes / 1e9:6.2f} GB beside the weights, {cost.flops / 1e12:.2f} TFLOP")
+        print(f"  {name:30} {cost.bytes / 1e9:6.2f} GB beside the weights, {cost.flops / 1e12:.2f} TFLOP")
     most = max(cost.bytes for cost in costs.values())
     for label, asked in (("", config.frozen), (", --frozen cpu", "cpu"), (", --frozen share over 2", "share")):
         gb = gigabytes(system, places_of(asked, system, stage), most, 2)
         fits = [f"{size} GB" for size in CARDS if gb < 0.95 * size] or [f"none of {', '.join(map(str, CARDS))} GB"]
-        print(f"  {'in all' + label:28} {gb:6.2f} GB by its shapes, fits a card of {', '.join(fits)}")
+        print(f"  {'in all' + label:30} {gb:6.2f} GB by its shapes, fits a card of {', '.join(fits)}")
 
 
 def _time(config, system, stage: str, cost: Cost, device: torch.device) -> tuple[float, str]:
     """(seconds of a step, how they are known). On a GPU its allocator's peak is printed besides."""
-    pace = flops_per_second(device) if device.type == "cpu" else float("inf")
-    if 2 * cost.flops / pace > PATIENCE:
-        return cost.flops / pace, f"{cost.flops / 1e12:.1f} TFLOP at {pace / 1e9:.0f} GFLOP/s, a CPU's best: {FACTOR}"
+    pace = flops_per_second(config.precision, device) if device.type == "cpu" else float("inf")
+    guess = SLOWER * cost.flops / pace
+    if 2 * guess > PATIENCE:
+        tera, pace = cost.flops / 1e12, pace / SLOWER / 1e9
+        return guess, f"no real step: {tera:.1f} TFLOP at {pace:.0f} GFLOP/s of this CPU, right within a factor of 2"
     for part, place in places_of(config.frozen, system, stage).items():
         if place == "cpu":
             system.get_submodule(part).cpu()
@@ -85,7 +88,7 @@ def _time(config, system, stage: str, cost: Cost, device: torch.device) -> tuple
                 took = time.monotonic() - start
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 1e9
-            print(f"  {'measured, ' + name:28} {peak:6.2f} GB at most in PyTorch's allocator, {took:.2f} s")
+            print(f"  {'measured, ' + name:30} {peak:6.2f} GB at most in PyTorch's allocator, {took:.2f} s")
     return took, "the second of two real ones"
 
 
@@ -102,11 +105,12 @@ def under(system, settings: dict) -> Iterator[None]:
             setattr(system, name, value)
 
 
-def flops_per_second(device: torch.device) -> float:
-    """The pace of the product of two matrices of 1,024 x 1,024 in float32: the best of three."""
-    a, times = torch.ones(1024, 1024, device=device), []
+def flops_per_second(precision: str, device: torch.device) -> float:
+    """The pace of a layer of 1,024 x 1,024 weights on as many rows: the best of three."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, times = torch.ones(1024, 1024, dtype=dtype, device=device), []
     for _ in range(4):  # the first wakes threads
         start = time.monotonic()
-        torch.mm(a, a)
+        F.linear(a, a)
         times.append(time.monotonic() - start)
     return 2 * 1024**3 / min(times[1:])
