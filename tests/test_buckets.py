@@ -30,6 +30,7 @@ from nanomed.systems import sizes
 from nanomed.systems.miniatures import unets as tiny
 from nanomed.training import caches, plan
 from nanomed.training.batches import Batches, Samples
+from nanomed.training.shadow import Cost
 
 ROOT = Path(__file__).parents[1]
 SIDES = [(64, 64)] * 7 + [(90, 64)] * 5 + [(64, 110)] * 4 + [(120, 60)] * 2  # width x height of the images below
@@ -258,14 +259,15 @@ def test_published_tables_are_used_where_there_are_any(monkeypatch):
         assert sizes.standard(height, width) == (height, width)
 
 
-def test_a_dry_run_measures_the_largest_shape(monkeypatch, capsys):
+def test_a_dry_run_counts_the_largest_shape(monkeypatch, capsys):
     system = systems.build("sd-tiny", random=True)
     monkeypatch.setattr(system, "bucket_shapes", lambda: ((32, 32), (28, 40), (24, 40)))
-    monkeypatch.setattr(system, "activations", lambda stage, batch: {"a step": 0.0})
+    monkeypatch.setattr(plan, "cost_of", lambda config, system, stage, card: Cost(0, 0))
     config = type("Config", (), dict(rank=0, frozen="device", precision="fp32", batch=1, accumulate=1, clip=1.0, keep=1,
-                                     ema=0.0, steps=1, epochs=0.0, buckets=True))  # fmt: skip
+                                     ema=0.0, eps=1e-8, weight_decay=0.0, steps=1, epochs=0.0, buckets=True)
+                  )  # fmt: skip
     plan.dry_run(config, system, "unet", torch.device("cpu"))
-    assert "--buckets: 3 shapes, measured at the largest, 28 x 40 pixels" in capsys.readouterr().out
+    assert "--buckets: 3 shapes, counted at the largest, 28 x 40 pixels" in capsys.readouterr().out
     assert system.example("unet", 1, torch.device("cpu"))["moments"].shape == (1, 8, 7, 10)
 
 

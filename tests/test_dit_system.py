@@ -203,7 +203,6 @@ def test_cached_latents_give_the_same_loss():
         losses.append(system(given, "transformer", 0)["loss"])
     close(*losses, 1e-6)
     assert system(system.example("transformer", 2, torch.device("cpu")), "transformer", 0)["loss"].isfinite()
-    assert system.activations("transformer", 1)["a step"] > 0
     assert system.example("vae", 2, torch.device("cpu"))["image"].shape == (2, 3, 64, 64)
 
 

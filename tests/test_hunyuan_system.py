@@ -368,7 +368,6 @@ def test_cached_fields_give_the_same_loss(folders):
     close(*losses, 1e-6)
     small = Hunyuan.published(folders["v1.1"], size=64)
     assert small(small.example("transformer", 2, torch.device("cpu")), "transformer", 0)["loss"].isfinite()
-    assert small.activations("transformer", 1)["a step"] > 0
 
 
 def test_a_cache_of_texts_knows_the_weights_of_both_readers(folders, tmp_path):

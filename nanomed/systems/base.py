@@ -21,7 +21,6 @@ from nanomed.data.table import Table
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.run.pictures import Picture, drawn
-from nanomed.systems.arithmetic import held
 from nanomed.systems.assembly import Assembled, read_config
 from nanomed.text.lengths import judge, too_long
 
@@ -267,7 +266,7 @@ class System(Assembled):
         """A training batch of random numbers in the right shapes, for dry runs and benchmarks."""
         if not self.uses_text(stage):
             return {"image": torch.rand(batch, 3, self.size, self.size, device=device) * 2 - 1}
-        prompts = {"prompt": ["An endoscopic image of a polyp."] * batch}
+        prompts = {"prompt": [f"An endoscopic image of a polyp, {i}." for i in range(batch)]}  # none is encoded twice
         moments = torch.randn(batch, 2 * self.latent_shape[0], *self.latent_shape[1:], device=device)
         if "text" not in self.frozen(stage):
             return prompts | {"moments": moments}
@@ -278,10 +277,10 @@ class System(Assembled):
         """Look for files that a stage can use and can do without; returns a line that says what is left out, or ""."""
         return ""
 
-    def activations(self, stage: str, batch: int) -> dict[str, float]:
-        """Bytes that autograd holds in the steps of a stage, {kind of step: bytes}, by shapes alone."""
-        (step,) = held(self, lambda: self(self.example(stage, batch, self.device), stage, 1))
-        return {"a step": step}
+    def kinds(self, stage: str) -> dict[str, dict]:
+        """The kinds of steps that a stage has, {name: attributes of the system under which a step is of that kind}: of
+        each a dry run makes one."""
+        return {"a step": {}}
 
     def finish(self, stage: str, image_batches: Iterable[Tensor]) -> dict[str, float]:
         """Called once when a stage has ended, with batches of training images; returns what it measured. After that of

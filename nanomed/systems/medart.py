@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nanomed.diffusion import hldf
-from nanomed.systems.arithmetic import held
 from nanomed.systems.assembly import Found
 from nanomed.systems.base import Weighting
 from nanomed.systems.pixart import PixArt
@@ -120,31 +119,10 @@ class MedArt(PixArt):
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         return super().example(stage, batch, device) | {"colours": torch.rand(batch, 6, device=device)}
 
-
-    def activations(self, stage: str, batch: int) -> dict[str, float]:
-        """In a step with HLDF the graph of the noise loss is there, those of the texts of both branches, and one of the
-        decoder's and of one branch of one solver step, whichever is larger (hldf.py)."""
-        if stage != "adapters":
-            return super().activations(stage, batch)
-        texts, net, decoder = self.passes(batch)
-        tuned = "text_encoder" in self.stages[stage]
-        step = net + (texts if tuned else 0)
-        event = step + (2 * texts if tuned else 0) + max(decoder, net) + 2 * self.hldf_keep * net
-        return {"a step": step} | ({"a step with HLDF": event} if self.hldf_every else {})
-
-    def passes(self, batch: int) -> tuple[float, float, float]:
-        """Bytes that autograd holds for T5 (full texts), for one branch of the transformer, and for the decoder."""
-        c, shape = self.transformer.config, (batch, self.length)
-        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        mask = torch.ones(shape, dtype=torch.bool, device=self.device)
-
-        def like(*shape: int) -> Tensor:
-            return torch.empty(batch, *shape, dtype=self.dtype).requires_grad_()
-
-        return held(
-            self,
-            lambda: self.text_encoder(ids, mask),
-            lambda: self.transformer(like(*self.latent_shape), ids[:, 0], attention_mask=mask,
-                                     kv=like(c.num_layers, 2, self.length, c.dim)),
-            lambda: self.vae.decode(like(*self.latent_shape)),
-        )  # fmt: skip
+    def kinds(self, stage: str) -> dict[str, dict]:
+        """With HLDF and without. As many solver steps as hold activations and two that do not are what the memory needs
+        (hldf.py)."""
+        if stage != "adapters" or not self.hldf_every:
+            return super().kinds(stage)
+        few = min(self.hldf_steps, self.hldf_keep + 2)
+        return {"a step": dict(hldf_every=0), "a step with HLDF": dict(hldf_every=1, hldf_steps=few)}

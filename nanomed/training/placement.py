@@ -104,9 +104,9 @@ def pieces(module: nn.Module, vocabulary: bool) -> list[nn.Module]:
     return [block for block in blocks if id(block) not in inner] + ([largest] if largest is not None else [])
 
 
-def gigabytes(system, places: dict[str, str], trained: int, step: float, ranks: int) -> float:
-    """What a stage needs on each device, by arithmetic on shapes: weights by place, `trained` parameters with gradients
-    and two moments, the bytes that a step holds, and what CUDA itself and its libraries take."""
+def gigabytes(system, places: dict[str, str], step: float, ranks: int) -> float:
+    """What a stage needs on each device, by arithmetic on shapes: weights by place, the bytes that a step holds beside
+    them (shadow.py), and what CUDA itself and its libraries take."""
 
     def kept(name: str, module: nn.Module) -> float:
         whole, place = sum(p.nbytes for p in module.parameters()), places.get(name, "device")
@@ -115,4 +115,4 @@ def gigabytes(system, places: dict[str, str], trained: int, step: float, ranks: 
         cut = pieces(module, name.startswith(TEXT)) if place == "share" else []
         return whole - sum(p.nbytes for piece in cut for p in piece.parameters()) * (1 - 1 / ranks)
 
-    return (sum(kept(name, module) for name, module in system.named_children()) + 16 * trained + step) / 1e9 + 1.0
+    return (sum(kept(name, module) for name, module in system.named_children()) + step) / 1e9 + 1.0

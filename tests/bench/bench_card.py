@@ -2,7 +2,8 @@
 
     python tests/bench/bench_card.py miniatures        every miniature trains in bf16, is stopped and resumed, and draws
     python tests/bench/bench_card.py waits             where a training step waits for the device, between log lines
-    python tests/bench/bench_card.py memory [NAME ...] peak memory of real steps at full size, beside --dry_run's sum
+    python tests/bench/bench_card.py fits              which card trains what, as --dry_run says it: needs no GPU
+    python tests/bench/bench_card.py memory [NAME ...] peak memory of real steps at full size, beside --dry_run's count
 
 Memory is PyTorch's largest allocation; the arithmetic adds 1 GB for CUDA itself, which is taken off here.
 """
@@ -33,6 +34,26 @@ FULL = {
     "hunyuan LoRA": "--model hunyuan --rank 8",
     "dit-s8 whole": "--model dit-s8 --batch 32",
 }
+FITS = (  # what trains, and the flags
+    ("sd15", "LoRA of rank 4", "--rank 4"),
+    ("sd15", "LoRA of rank 64", "--rank 64"),
+    ("sd15", "whole U-Net", "--rank 0"),
+    ("sdxl", "LoRA of rank 4", "--rank 4"),
+    ("sdxl", "LoRA of rank 64", "--rank 64"),
+    ("sdxl", "whole U-Net", "--rank 0"),
+    ("kandinsky2", "prior, LoRA of rank 64", "--stage prior --rank 64"),
+    ("kandinsky2", "decoder, LoRA of rank 64", "--stage decoder --rank 64"),
+    ("kandinsky3", "LoRA of rank 4", "--rank 4"),
+    ("kandinsky3", "LoRA of rank 64", "--rank 64"),
+    ("pixart", "LoRA of rank 8", "--rank 8"),
+    ("pixart", "whole transformer", "--rank 0"),
+    ("medart", "LoRA of rank 8 on transformer and T5, HLDF", "--rank 8"),
+    ("medart", "LoRA of rank 8 on the transformer, HLDF", "--rank 8 --text_adapter none"),
+    ("hunyuan", "LoRA of rank 64", "--rank 64"),
+    ("msdm", "whole U-Net", "--stage unet"),
+    ("msdm", "whole U-Net, batch 64", "--stage unet --batch 64"),
+    ("dit-s8", "whole transformer, batch 32", "--batch 32"),
+)
 
 
 def command(*words: str) -> tuple[int, str, float]:
@@ -101,24 +122,38 @@ def waits() -> None:
 
 
 def memory(names: list[str]) -> None:
-    print(f"{'':32} {'measured':>9} {'arithmetic':>11} {'ratio':>6}   step")
+    print(f"{'':32} {'measured':>9} {'on shapes':>11} {'ratio':>6}   step")
     for name in names or FULL:
         code, said, _ = command("train.py", *FULL[name].split(), "--precision", "bf16", "--dry_run")
-        peak, step = re.search(r"peak memory +([\d.]+) GB", said), re.search(r"one step +([\d.]+) s", said)
+        peak = max(map(float, re.findall(r"measured, .*? +([\d.]+) GB", said)), default=0.0)
+        step = re.search(r"one step +([\d.]+) s", said)
         sums = re.search(r"in all  +([\d.]+) GB", said)
         if code or not (peak and sums and step):
             print(f"{name:32} exit code {code}\n{said[-1500:]}", flush=True)
             continue
-        measured, summed = float(peak[1]), float(sums[1]) - 1.0
+        measured, summed = peak, float(sums[1]) - 1.0
         print(f"{name:32} {measured:6.1f} GB {summed:8.1f} GB {summed / measured:6.2f}   {step[1]} s", flush=True)
+
+
+def fits() -> None:
+    """A table in Markdown: GB by arithmetic, and the smallest card, for the frozen parts in each place."""
+    print("| system | what trains | frozen parts on the card | `--frozen cpu` | `--frozen share`, two cards |")
+    print("|---|---|---|---|---|")
+    for model, what, flags in FITS:
+        batch = [] if "--batch" in flags else ["--batch", "1"]
+        words = ["--model", model, *flags.split(), *batch, "--precision", "bf16", "--dry_run"]
+        code, said, _ = command("train.py", *words)
+        found = re.findall(r"in all.*? ([\d.]+) GB .*? fits a card of (\d+ GB|none)", said)
+        cells = [f"{float(gb):.1f} GB: {card}" for gb, card in found] or [f"exit code {code}"]
+        print(f"| `{model}` | {what} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("miniatures", "waits", "memory"))
+    parser.add_argument("what", choices=("miniatures", "waits", "memory", "fits"))
     parser.add_argument("names", nargs="*", choices=[*FULL, []], help="of memory: which; all by default")
     args = parser.parse_args()
-    {"miniatures": miniatures, "waits": waits, "memory": lambda: memory(args.names)}[args.what]()
+    {"miniatures": miniatures, "waits": waits, "fits": fits, "memory": lambda: memory(args.names)}[args.what]()
 
 
 if __name__ == "__main__":
