@@ -227,22 +227,6 @@ def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[n
     return place(file, tensors, parts)
 
 
-def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """Give networks the adapters of a file in kohya's keys (LoRA and LoCon; alpha is the rank where it has none).
-
-    modules   as in `save_kohya`. The underscores of a key are matched with the names of the layers that are there,
-              and with those that a U-Net's layers have in Stability's own code (`lora_unet_input_blocks_4_1_...`)
-
-    Returns and raises as `load_diffusers`.
-    """
-    tensors, parts = weights.read(path), []
-    for name, module in modules.items():
-        for prefix in kohya_prefixes(name):
-            if mine := {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}:
-                parts.append(Part(module, mine, prefix, by_underscores(module, path)))
-    return place(path, tensors, parts)
-
-
 def by_name(module: nn.Module) -> Callable[[str], str | None]:
     """Paths with dots: as they are, or in a spelling of 2023."""
     layers = adaptable(module)

@@ -60,27 +60,16 @@ class MedArt(PixArt):
     text_adapter   kind of T5's adapter where it is not the transformer's, as "dora"; "none" leaves T5 as it is
     """
 
+    defaults = dict(hldf_every=500, hldf_steps=20, hldf_last=None, hldf_keep=0, hldf_channels="sum", text_adapter="")
     name = "medart"
     # The released script also names proj_in and T5's wi, which nothing is called: what is listed is what takes effect.
     adapters = PixArt.adapters | {"text_encoder": ("q", "k", "v", "o", "wo")}
     jitter = False
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        hldf_every: int = 500,
-        hldf_steps: int = 20,
-        hldf_last: int | None = None,
-        hldf_keep: int = 0,
-        hldf_channels: str = "sum",
-        text_adapter: str = "",
-        **settings: Any,
-    ):
+    def __init__(self, found: Found, **settings: Any):
         super().__init__(found, **settings)
-        self.hldf_every, self.hldf_steps, self.hldf_last, self.hldf_keep = hldf_every, hldf_steps, hldf_last, hldf_keep
-        self.hldf_channels, self.text_adapter = hldf_channels, text_adapter
-        self.stages = {"adapters": ("transformer",) if text_adapter == "none" else ("transformer", "text_encoder")}
+        tuned = ("transformer",) if self.text_adapter == "none" else ("transformer", "text_encoder")
+        self.stages = {"adapters": tuned}
         self.colour: Tensor | None = None  # the last colour loss, for the log
 
     # ------------------------------------------------------------------------------------------------ training

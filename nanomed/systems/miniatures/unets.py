@@ -67,9 +67,10 @@ class SDTiny(StableDiffusion):
     """Stable Diffusion in small, all its parts fresh. Its words are those shipped with the tiny MSDM."""
 
     name = "sd-tiny"
+    defaults = dict(text_adapter="")
 
-    def __init__(self, found: Found, *, text_adapter: str = "", **settings: Any):
-        super().__init__(found, text_adapter=text_adapter, **settings)
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         self.stages = {"vae": ("vae",)} | self.stages
 
     @classmethod
