@@ -347,7 +347,7 @@ def place(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -
         plans.append((part, found))
     if unknown:
         names = ", ".join(sorted(unknown)[:6]) + (", ..." if len(unknown) > 6 else "")
-        networks = " and ".join(type(part.module).__name__ for part in parts) or "what was given"
+        networks = " and ".join(dict.fromkeys(type(part.module).__name__ for part in parts)) or "what was given"
         raise WeightsError(f"{file}: {len(unknown)} keys ({names}) have no place in {networks}; nothing was loaded")
     for _, found in plans:
         if len({"magnitude" in slots or "dora_scale" in slots for slots in found.values()}) > 1:

@@ -181,9 +181,11 @@ def attach(some: Iterable[Source], modules: Mapping[str, nn.Module], weight: flo
         names: list[str] = []
         for prefix, (said, tensors) in groups(source).items():
             name, part, fits = _place(source, prefix, said, tensors, modules)
-            if fits and name in given + names:  # what fits nowhere is refused by `place`, key by key
-                raise WeightsError(f"{source.file}: two adapters for {name}")
             parts.append(part)
+            if not fits:
+                continue  # `place` refuses it, key by key
+            if name in given + names:
+                raise WeightsError(f"{source.file}: two adapters for {name}")
             names.append(name)
         whole = {key: tensor for part in parts for key, tensor in part.tensors.items()}
         formats.place(source.file, whole, parts)
