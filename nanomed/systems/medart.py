@@ -95,9 +95,8 @@ class MedArt(PixArt):
         prompts = batch["prompt"]
         cond, null = self.conditions(prompts, None, self.size, self.size)
         params = [param for param in self.transformer.parameters() if param.requires_grad]
-        denoise = hldf.recomputed(
-            self.transformer, cond, null, self.guidance, params, self.hldf_steps, self.hldf_keep, self.hldf_last
-        )
+        calls = hldf.Calls(self.hldf_steps, self.hldf_keep, self.hldf_last)
+        denoise = hldf.recomputed(self.transformer, cond, null, self.guidance, params, calls)
         noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
         images = self.decode(self.draw(denoise, noise, self.hldf_steps))
         targets = batch["colours"] if "colours" in batch else hldf.colours(batch["image"])
