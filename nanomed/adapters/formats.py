@@ -41,6 +41,7 @@ class Stored(NamedTuple):
 
 
 def stored(module: nn.Module, base: str = "") -> Stored:
+    """The adapter that a network has, apart from it."""
     return Stored(state(module), config(module), base)
 
 
@@ -138,6 +139,7 @@ def _targets(module: nn.Module, layers: Collection[str]) -> list[str] | str:
 
 
 def diffusers_file(path: str | Path) -> Path:
+    """The file itself, or the one that diffusers writes into a folder."""
     return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "pytorch_lora_weights.safetensors"
 
 
@@ -415,6 +417,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def parse(text: str, where: str) -> dict:
+    """A JSON object; WeightsError with `where` for what is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -50,6 +50,7 @@ class Source(NamedTuple):
 
     @property
     def kohya(self) -> bool:
+        """Whether the keys are kohya's."""
         return any(_KOHYA.fullmatch(key) for key in self.tensors)
 
 

@@ -28,6 +28,8 @@ BOX = (0.02, 0.75, 0.26, 0.98)  # left, top, right, bottom: where the organisers
 
 @dataclass(frozen=True)
 class Polyp:
+    """Where it is and how it looks."""
+
     cell: str
     size: str  # an entry of grammar.SIZES
     paris: str  # "is" sessile, "ip" on a stalk, "iia" flat

@@ -148,6 +148,7 @@ class Eyes:
         return self.seen[key(images)]
 
     def survey(self, images: ImageSet) -> Survey:
+        """What decoding showed of a set that was looked at."""
         return self.surveys[images.hashes]
 
     def features(self, extractor: Extractor, images: ImageSet) -> dict[str, Tensor]:

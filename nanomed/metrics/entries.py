@@ -343,6 +343,7 @@ def small(n: int, biased: bool = False, sure: bool = True) -> dict:
 
 
 def jackknife(groups: int) -> str:
+    """The name of the method."""
     return f"jackknife over {groups} groups of images"
 
 
@@ -352,6 +353,7 @@ def _within(ends: tuple[float, float], low: float, high: float) -> tuple[float, 
 
 
 def interval(ends: tuple[float, float], method: str) -> dict:
+    """What an entry says of the two ends of its interval."""
     return {"interval": {"low": ends[0], "high": ends[1], "level": 0.95, "method": method}}
 
 

@@ -328,10 +328,12 @@ class System(Assembled):
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser is."""
         return self.weight(self.denoiser).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the denoiser's weights."""
         return self.weight(self.denoiser).dtype
 
     # ------------------------------------------- for a denoiser of latents with `config` and `read_text` of a prompt
