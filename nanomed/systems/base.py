@@ -5,7 +5,7 @@ A system's own file says what its paper says: presets, loss, sampling.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -117,8 +117,18 @@ class System(Assembled):
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """The training loss of a stage: {"loss": scalar, and whatever is worth a column in the log}. Asks no tensor for
-        its value: a step does not wait for the device."""
-        raise NotImplementedError
+        its value: a step does not wait for the device.
+
+        Where a system says nothing else: of stage "vae" the autoencoder's, of another MSE between what the denoiser is
+        to predict and the first of its channels. `batch` holds "image" or its cached `image_field`, and "prompt" or
+        its cached `text_fields`.
+        """
+        if not self.uses_text(stage):
+            return self.vae.loss(batch["image"])
+        x0, factor = self.latents(batch), self.get_submodule(self.autoencoder).factor
+        cond = self.read(self.text(batch), *(side * factor for side in x0.shape[2:]))
+        predict = self.noise_of(partial(self.get_submodule(self.denoiser), **cond))
+        return {"loss": self.denoising_loss(predict, x0)}
 
     def sample(self, prompts: list[str], noise, steps: int | None = None, guidance: float | None = None, **options):
         """Images (B, 3, H, W) in [0, 1]; every random number comes from `noise`, in drawing order."""

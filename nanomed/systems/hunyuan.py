@@ -9,7 +9,6 @@ v1.1 is told the image's size. miniatures/hunyuan.py learns from nothing.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,10 @@ MT5_XL = dict(vocab_size=250112, d_model=2048, d_ff=5120, num_heads=32)
 
 
 class Hunyuan(System):
-    """Transformer + BERT + mT5 + VAE. `size` is the side of images; None: the transformer's own."""
+    """Transformer + BERT + mT5 + VAE. Trained by MSE between v and the first half of the channels (base.py).
+
+    size   side of images; None: the transformer's own
+    """
 
     defaults = dict(size=None, steps=50, guidance=5.0, snr_gamma=0.0)
     name = "hunyuan"
@@ -106,14 +108,6 @@ class Hunyuan(System):
         if self.transformer.config.use_style_cond_and_image_meta_size:  # v1.1, in the published pipeline's precision
             states["sizes"] = self.transformer.sizes_of(height, width, len(states["t5"])).to(self.dtype)
         return self.transformer.read_text(**states)
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """The VAE's loss, or MSE between v and the first half of the transformer's channels."""
-        if stage == "vae":
-            return self.vae.loss(batch["image"])
-        x0 = self.latents(batch)
-        cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.noise_of(partial(self.transformer, **cond)), x0)}
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         made, c = super().example(stage, batch, device), self.transformer.config

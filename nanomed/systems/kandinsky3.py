@@ -9,13 +9,11 @@ Two things are unlike the other systems, and as published. No text is not "" but
 U-Net averages over all L places of a text, so an image depends on how long the longest prompt of its batch is.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nanomed.adapters import lora
 from nanomed.autoencoders.movq import MoVQ, load_movq
@@ -39,7 +37,7 @@ OPTIONS = (Weighting,)  # of train.py for these presets
 
 
 class Kandinsky3(Scheduled):
-    """U-Net, MoVQ and FLAN-UL2.
+    """U-Net, MoVQ and FLAN-UL2. Trained by MSE on the noise (base.py).
 
     length      tokens of a prompt, </s> included
     guidance    on the standard scale; published as 3, which is (3 + 1) text - 3 null
@@ -86,6 +84,10 @@ class Kandinsky3(Scheduled):
         text, said = self.encode_text(prompts), torch.tensor([prompt != "" for prompt in prompts]).to(self.device)
         return {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in text.items()}
 
+    def text(self, batch: dict) -> Cond:
+        text = super().text(batch)
+        return self.cut(text, self.places(text))
+
     def read(self, text: Cond, height: int, width: int) -> Cond:
         return self.unet.read_text(text["prompt_embeds"].to(self.dtype), text["attention_mask"])
 
@@ -108,14 +110,6 @@ class Kandinsky3(Scheduled):
         away = self.encode_text(negative_prompts) if negative_prompts else nothing
         cond, null = (self.read(self.cut(each, self.places(text)), height, width) for each in (text, away))
         return cond, null
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """MSE between the noise and what the U-Net says of it. `batch` holds "image" or its cached "latents", and
-        "prompt" or its cached states."""
-        x0, text = self.latents(batch), self.text(batch)
-        cond = self.read(self.cut(text, self.places(text)), self.size, self.size)
-        predict = partial(self.unet, **cond)
-        return {"loss": self.denoising_loss(self.noise_of(predict), x0)}
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) of a size in pixels, the latents' sides rounded up to the U-Net's multiples of 8.

@@ -1,7 +1,7 @@
 """Med-Art (Guo et al. 2025): PixArt-alpha fine-tuned on medical images with adapters on the transformer and on T5, and
 with HLDF, a loss on the colours of finished images.
 
-    loss = |noise - predicted noise|^2                                    in every step (eq. 3, pixart.py)
+    loss = |noise - predicted noise|^2                                    in every step (eq. 3, base.py)
          + 1/M [colours of an image drawn in M steps - colours of data]^2   in every N-th step (eq. 4 and 5, hldf.py)
 
 miniatures/medart.py makes what the paper finds published, an autoencoder and a base model, in minutes on a CPU.

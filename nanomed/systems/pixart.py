@@ -12,7 +12,6 @@ load alike. Med-Art (medart.py) is a fine-tuning recipe of this system.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ OPTIONS = (Weighting,)  # of train.py for these presets
 
 
 class PixArt(System):
-    """Transformer + T5 + VAE.
+    """Transformer + T5 + VAE. Trained by MSE between the noise and the first half of the channels (base.py; eq. 3 of
+    Med-Art).
 
     scheduler  settings of its DPM-Solver++ where they are not PixArt's, in the words of a scheduler_config.json
     size       side of the images that it trains on and draws; None: the side that its positions are made for
@@ -123,17 +123,6 @@ class PixArt(System):
             cond["resolution"] = torch.tensor([[float(height), float(width)]] * rows, device=mask.device)
             cond["aspect_ratio"] = torch.tensor([[height / width]] * rows, device=mask.device)
         return cond
-
-    # ------------------------------------------------------------------------------------------------ training
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """MSE between the noise and the first half of the transformer's channels (eq. 3 of Med-Art).
-
-        `batch` holds "image" or its cached "moments", and "prompt" or its cached "prompt_embeds", "attention_mask".
-        """
-        x0 = self.latents(batch)
-        cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.noise_of(partial(self.transformer, **cond)), x0)}
 
     # ------------------------------------------------------------------------------------------------ sampling
 

@@ -12,11 +12,8 @@ Every shape, the noise and the sampler are read from the folder's own files. SDX
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-from torch import Tensor
 
 from nanomed.adapters import lora
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
@@ -54,7 +51,7 @@ OPTIONS = (Options, Weighting)  # of train.py for these presets
 
 
 class StableDiffusion(Scheduled):
-    """U-Net + VAE + CLIP.
+    """U-Net + VAE + CLIP. Trained by MSE on the noise, or on v (base.py).
 
     size          side of the images that it trains on and draws; None: the side that the U-Net is made for
     text_adapter  kind of the text encoders' adapters; "" as the U-Net's, "none": they do not train
@@ -112,13 +109,6 @@ class StableDiffusion(Scheduled):
     ) -> tuple[Cond, Cond]:
         away = self.encode_text(negative_prompts) if negative_prompts else self.no_text(prompts)
         return self.read(self.encode_text(prompts), height, width), self.read(away, height, width)
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """MSE between what the U-Net says and the noise, or v. `batch` holds "image" or its cached "moments", and
-        "prompt" or its cached states."""
-        x0 = self.latents(batch)
-        cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.noise_of(partial(self.unet, **cond)), x0)}
 
 
 class StableDiffusion14(StableDiffusion):

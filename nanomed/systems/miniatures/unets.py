@@ -81,11 +81,6 @@ class SDTiny(StableDiffusion):
     def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
         return shapes | {"text_encoder": shapes["text_encoder"] | {"vocab_size": len(tokenizers["tokenizer"])}}
 
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        if stage == "vae":
-            return self.vae.loss(batch["image"])
-        return super().forward(batch, stage, step)
-
 
 class Kandinsky3Tiny(Kandinsky3):
     """Kandinsky 3 in small, all its parts fresh. It reads small letters."""
