@@ -5,6 +5,7 @@ back. The same for all systems, so that their own files need only a table of par
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -87,7 +88,7 @@ class Assembled(nn.Module):
         if unknown := {*settings} - {*known}:
             raise TypeError(f"{self.name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
         for name, value in (known | settings).items():
-            setattr(self, name, value)
+            setattr(self, name, copy(value))  # a table may be changed, and those of the class stay
 
     @classmethod
     def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
