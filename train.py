@@ -97,7 +97,10 @@ def main() -> int:
         keep_memory()
     torch.manual_seed(config.seed)  # the same initial weights on every process
     with working(f"making {config.model}"):
-        system = systems.build(config.model, config.weights or None, random=config.dry_run, **settings_of(config))
+        said = systems.chosen(config.model, {name: getattr(config, name) for name in config.given})
+        below = (config.rank or starts(config)) and config.precision == "bf16"  # what is frozen below adapters is bf16
+        dtype = torch.bfloat16 if below else None
+        system = systems.build(config.model, config.weights or None, random=config.dry_run, dtype=dtype, **said)
     system.to(ranks.device, memory_format=torch.channels_last)  # convolutions of small maps run up to twice as fast
     config.recipes = before.get("recipes") or {stage: systems.recipe(config.model, stage) for stage in system.stages}
     check(config, before, system, ranks)
@@ -192,16 +195,6 @@ def check(config: Config, before: dict, system, ranks: Ranks) -> None:
         raise UsageError(f"--stage {config.stage} builds on stage {missing[0]}: say --resume with a run that has it")
     for file in filter(None, (config.grid_prompts, config.test_prompts)):
         read_prompts(file)
-
-
-def settings_of(config: Config) -> dict:
-    """The flags that are settings of the system's constructor, as far as the command line or the preset says them. Its
-    `steps` are those of drawing, and --steps are those of training."""
-    known = {*systems.settings(config.model)} - {"steps"}
-    said = {name: getattr(config, name) for name in config.given if name in known}
-    if (config.rank or starts(config)) and config.precision == "bf16":  # what is frozen below adapters is bf16
-        said["dtype"] = torch.bfloat16
-    return said
 
 
 def starts(config: Config) -> bool:

@@ -67,6 +67,14 @@ def assert_gradients_equal(ours: torch.nn.Module, reference: torch.nn.Module, to
         assert (parameter.grad - expected[name]).abs().max() <= tolerance * largest, name
 
 
+def load_kohya(path: Path, modules: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Give networks the adapters of a file in kohya's keys, as --lora reads it; returns the adapters' parameters."""
+    from nanomed.adapters import lora, onto
+
+    onto.attach(onto.sources(path)[0], modules)
+    return [param for module in modules.values() for param in lora.parameters(module)]
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Golden tensors and ids, made once with the reference implementations."""

@@ -217,7 +217,8 @@ def test_biomedclip_score_is_asked_for_by_name(biomed, monkeypatch):
     monkeypatch.setitem(measuring.OF_PROMPTS, "biomedclip", (label, lambda *words: read(*words, config)))
     fake = imagesets.ImageSet("fake", tuple(range(3)), tuple((prompt,) for prompt in prompts), hashes=("x",))
     settings = measuring.Settings(weights=str(root))
-    entry = measuring._clip_score(measuring.Sets({}, fake), "biomedclip", network, found, settings, "cpu")
+    seen = measuring.Seen({"biomedclip": network}, {"biomedclip": found}, settings, torch.device("cpu"))
+    entry = measuring._clip_score(measuring.Sets({}, fake), "biomedclip", seen)
     ids, mask = tokenizer(prompts, 256)
     with torch.no_grad():
         said = head(reference(ids, mask.long()).last_hidden_state[:, 0])

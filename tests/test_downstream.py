@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from nanomed.data import toy
 from nanomed.metrics import downstream
-from nanomed.metrics.downstream import Recipe, auc, scores
+from nanomed.metrics.downstream import Labelled, Recipe, auc, scores
 from nanomed.metrics.networks import vit
 
 CLOSE = 1e-6
@@ -145,7 +145,7 @@ def test_the_tiny_classifier_learns_separable_classes_from_scratch():
     """In five epochs of 160 images, and right about images it has not seen."""
     images, labels = with_and_without_box(range(160))
     tests, truth = with_and_without_box(range(9000, 9060))
-    result = downstream.run("tiny", images, labels, tests, truth, classes=2)
+    result = downstream.run("tiny", Labelled(images, labels), Labelled(tests, truth), classes=2)
     assert result.scores["f1_macro"] > 0.95 and result.scores["auc_macro"] > 0.98
     assert result.recipe.epochs == 5 and result.predictions.shape == (60,)
     assert result.scores == scores(truth, result.probabilities)
@@ -156,17 +156,17 @@ def test_labels_that_mean_nothing_teach_nothing():
     images, _ = with_and_without_box(range(64))
     tests, truth = with_and_without_box(range(9000, 9060))
     labels = np.random.default_rng(0).integers(0, 2, len(images))
-    result = downstream.run("tiny", images, labels, tests, truth, classes=2)
+    result = downstream.run("tiny", Labelled(images, labels), Labelled(tests, truth), classes=2)
     assert 0.25 < result.scores["balanced_accuracy"] < 0.75
 
 
 def test_a_run_repeats_to_the_bit_and_another_seed_is_another_run():
     images, labels = with_and_without_box(range(24))
     few = replace(downstream.TINY_RECIPE, epochs=2, batch=8)
-    first = downstream.run("tiny", images, labels, images, labels, 2, few)
+    first = downstream.run("tiny", Labelled(images, labels), Labelled(images, labels), 2, few)
     torch.manual_seed(77)  # nobody else's generator matters
-    again = downstream.run("tiny", iter(images), labels, iter(images), labels, 2, few)
-    other = downstream.run("tiny", images, labels, images, labels, 2, replace(few, seed=1))
+    again = downstream.run("tiny", Labelled(iter(images), labels), Labelled(iter(images), labels), 2, few)
+    other = downstream.run("tiny", Labelled(images, labels), Labelled(images, labels), 2, replace(few, seed=1))
     assert np.array_equal(first.probabilities, again.probabilities)
     assert not np.array_equal(first.probabilities, other.probabilities)
 

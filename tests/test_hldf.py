@@ -62,7 +62,7 @@ class Toy:
         states, nothing = (self.text(words) for words in self.words)
         cond, null = {"states": states, "mask": self.mask}, {"states": nothing, "mask": self.mask}
         if make is None:
-            denoise = hldf.recomputed(self.denoiser, cond, null, scale, self.params, steps, **options)
+            denoise = hldf.recomputed(self.denoiser, cond, null, scale, self.params, hldf.Calls(steps, **options))
         else:
             denoise = make(self.denoiser, cond, null, scale)
         latents = sampler(denoise, self.diffusion, self.noise, steps)
@@ -132,7 +132,7 @@ def test_any_sampler_serves(sampler):
     calls = steps + (sampler is samplers.pndm)  # whose first step is made twice
 
     def recomputed(*arguments):
-        return hldf.recomputed(*arguments, toy.params, calls)
+        return hldf.recomputed(*arguments, toy.params, hldf.Calls(calls))
 
     assert (
         relative(toy.gradients(recomputed, steps, sampler=sampler), toy.gradients(guided, steps, sampler=sampler))

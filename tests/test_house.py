@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -38,6 +40,15 @@ WALLS = {  # a wing, and the wings that its files may import besides their own; 
     "tables": "drawing training systems evaluation metrics data weights run",
 }
 SCRIPTS = ["train.py", "sample.py", "evaluate.py"]
+MANY = {  # a wing, and its functions that may take more than six things, besides `self`
+    "systems": "sample pictures",  # what a drawing can be asked for, one word each
+    "denoisers": "__init__ forward",  # shapes as a published config.json says them; x, t and all conditions
+    "autoencoders": "__init__",  # shapes, too
+    "adapters": "inject forward _gradients",  # in the words of peft's LoraConfig; an autograd function's inputs
+    "diffusion": "forward",  # an autograd function's inputs
+    "metrics": "kernel_interval",
+    "captions": "beam_search generate load report reword train",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -161,6 +172,38 @@ def test_library_code_leaves_gradients_devices_and_printing_to_the_caller():
         name = path.relative_to(ROOT / "nanomed").as_posix()
         if name.split("/")[-1] not in allowed and name not in allowed:
             assert not spoken.search(path.read_text(encoding="utf-8")), name
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+def test_functions_take_six_things_at_most():
+    """More are a sign that an object is missing."""
+    for path in sources():
+        allowed = MANY.get(wing(path), "").split() if path.parent != ROOT else []
+        for function in functions(path):
+            args = function.args
+            names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+            count = len([name for name in names if name not in ("self", "cls")])
+            assert count <= 6 or function.name in allowed, f"{path.relative_to(ROOT)}: {function.name} takes {count}"
+
+
+def test_public_names_say_what_they_are():
+    """Classes, functions and methods; one that stands in the place of a parent's may leave it to that."""
+    for path in (ROOT / "nanomed").rglob("*.py"):
+        if wing(path) == "captions":
+            continue
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        module = importlib.import_module(name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            assert ast.get_docstring(node), f"{name}.{node.name}"
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                    said = inspect.getdoc(getattr(getattr(module, node.name), method.name))
+                    assert said, f"{name}.{node.name}.{method.name}"
 
 
 def test_nothing_is_unpickled():

@@ -358,7 +358,7 @@ def test_padding_is_black_with_the_odd_pixel_right_or_below(size):
     (width, height), side = size, max(size)
     left, top = (side - width) // 2, (side - height) // 2
     expected = reference.pad(image, [left, top, side - width - left, side - height - top])
-    assert np.array_equal(np.asarray(images.pad_square(image)), np.asarray(expected))
+    assert np.array_equal(np.asarray(images.padded(image)), np.asarray(expected))
 
 
 def test_the_training_transform_is_torchvisions():

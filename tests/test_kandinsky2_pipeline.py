@@ -149,9 +149,9 @@ def reference(pipelines, prompts, height, width, steps, prior_steps, guidance, p
 
 def ours(system: Kandinsky2, prompts, height, width, steps, prior_steps, guidance, prior_guidance, negative):
     noise = Replay(len(prompts), system.dtype)
-    embeds, null = system.imagine(prompts, noise, prior_steps, prior_guidance, negative)
-    latents = system.draw(embeds, null, noise, steps, guidance, height, width)
-    return embeds, null, latents, system.movq.decode(latents)
+    embeds = system.imagine(prompts, noise, prior_steps, prior_guidance, negative)
+    latents = system.draw(embeds, (height, width), noise, steps, guidance)
+    return *embeds, latents, system.movq.decode(latents)
 
 
 def excess(found, expected, latents: float = 1e-5) -> float:

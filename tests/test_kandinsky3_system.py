@@ -235,7 +235,7 @@ def test_text_is_encoded_as_the_pipeline_does(folder):
     for some in (prompts[:3], prompts):
         states, _, mask, _ = pipe.encode_prompt(some, do_classifier_free_guidance=False, _cut_context=True)
         text = system.encode_text(some)
-        read = system.read(text, system.places(text))
+        read = system.read(system.cut(text, system.places(text)), system.size, system.size)
         assert text["prompt_embeds"].shape == (len(some), 128, 20)
         assert torch.equal(read["attention_mask"], mask.bool())
         assert mask.shape[1] == (min(len(system.tokenizer.encode(some[0])) + 2, 128) if len(some) == 3 else 128)

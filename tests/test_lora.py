@@ -11,7 +11,7 @@ import math
 import peft
 import pytest
 import torch
-from conftest import close
+from conftest import close, load_kohya
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from manifests import about, components, names_and_shapes
@@ -746,7 +746,7 @@ def test_one_file_for_several_parts(unet, tmp_path):
     net, text = copy.deepcopy(unet), Text()
     stir([*lora.inject(net, 4, alpha=5), *lora.inject(text, 2, alpha=3, targets=["q_proj"], kind="dora")])
     parts = {"unet": net, "text_encoder": text}
-    for save, load in ((formats.save_diffusers, formats.load_diffusers), (formats.save_kohya, formats.load_kohya)):
+    for save, load in ((formats.save_diffusers, formats.load_diffusers), (formats.save_kohya, load_kohya)):
         path = tmp_path / f"{save.__name__}.safetensors"
         save(path, parts)
         again = {"unet": copy.deepcopy(unet), "text_encoder": Text()}
@@ -822,7 +822,7 @@ def test_kohya_files_come_back(unet, tmp_path, ours):
     ):  # one column, as LyCORIS and ComfyUI take it: (out, 1), of convolutions (out, 1, 1, 1)
         assert tensors[f"{key}.dora_scale"].shape == (8, 1)
         assert tensors["lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"].shape == (8, 1, 1, 1)
-    formats.load_kohya(tmp_path / "a.safetensors", {"unet": again})
+    load_kohya(tmp_path / "a.safetensors", {"unet": again})
     close(draw(again), draw(net), 1e-5)
 
 
@@ -830,7 +830,7 @@ def test_kohya_without_alpha_has_scale_one_and_1x1_convolutions_read_as_linear(t
     net = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(4, 3)})})
     a, b = torch.randn(2, 4, 1, 1), torch.randn(3, 2, 1, 1)
     save_file({"lora_unet_a_b_c.lora_down.weight": a, "lora_unet_a_b_c.lora_up.weight": b}, tmp_path / "a.safetensors")
-    formats.load_kohya(tmp_path / "a.safetensors", {"unet": net})
+    load_kohya(tmp_path / "a.safetensors", {"unet": net})
     layer = net["a_b"]["c"]
     assert layer.scale == 1 and torch.equal(layer.lora_A.weight, a[:, :, 0, 0])
 
@@ -841,7 +841,7 @@ def test_kohya_underscores_that_mean_two_layers_are_refused(tmp_path):
     lora.inject(one, 2, targets=["a_b.c"])
     formats.save_kohya(tmp_path / "a.safetensors", {"unet": one})
     with pytest.raises(WeightsError, match=r"a_b_c may be a\.b_c or a_b\.c"):
-        formats.load_kohya(tmp_path / "a.safetensors", {"unet": net})
+        load_kohya(tmp_path / "a.safetensors", {"unet": net})
     with pytest.raises(ValueError, match="one denoiser"):
         formats.save_kohya(tmp_path / "b.safetensors", {"prior": one, "unet": one})
     lora.inject(net, 2, targets=["c", "b_c"])
@@ -980,7 +980,7 @@ def test_dora_in_some_layers_only_is_refused(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     lora.remove(net)
     with pytest.raises(WeightsError, match="DoRA in some layers"):
-        formats.load_kohya(tmp_path / "a.safetensors", {"unet": net})
+        load_kohya(tmp_path / "a.safetensors", {"unet": net})
 
 
 def test_kohya_dora_over_the_inputs_is_refused(tmp_path):
@@ -989,7 +989,7 @@ def test_kohya_dora_over_the_inputs_is_refused(tmp_path):
                "lora_unet_a.dora_scale": torch.ones(1, 4)}  # fmt: skip
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="not one per output channel"):
-        formats.load_kohya(tmp_path / "a.safetensors", {"unet": nn.ModuleDict({"a": nn.Linear(4, 4)})})
+        load_kohya(tmp_path / "a.safetensors", {"unet": nn.ModuleDict({"a": nn.Linear(4, 4)})})
 
 
 def test_files_can_be_written_over_while_their_tensors_are_in_use(net, image, tmp_path):

@@ -153,7 +153,7 @@ def test_hashes_know_the_range_and_are_the_old_ones_without_it(tmp_path):
     assert replace(twelve, rows=tuple(replace(row, range="") for row in twelve.rows)).digest == table.digest
     keys = []
 
-    def noted(cache, key, *rest):
+    def noted(cache, key, *rest, **more):
         keys.append(json.dumps(key))
 
     class System:
@@ -163,7 +163,7 @@ def test_hashes_know_the_range_and_are_the_old_ones_without_it(tmp_path):
             return torch.nn.Linear(1, 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caches, "cached", noted)
+        patch.setattr(caches.Cache, "read", noted)
         patch.setattr(caches.weights, "fingerprint", lambda module: "")
         for each in (table, ten, twelve):
             caches._images("", System(), ("vae", None), each, Samples(8, 0), None)

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from conftest import close
+from conftest import close, load_kohya
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from manifests import about, config, names_and_shapes
 from safetensors.torch import load_file, save_file
@@ -267,7 +267,7 @@ def test_a_kohya_file_for_all_layers_comes_back(pair, tmp_path):
     assert written["lora_unet_conv_in.lora_down.weight"].shape == (2, 4, 3, 3)
     assert written["lora_unet_time_embedding_linear_1.alpha"].item() == 2
     lora.remove(ours)
-    formats.load_kohya(tmp_path / "a.safetensors", {"unet": ours})
+    load_kohya(tmp_path / "a.safetensors", {"unet": ours})
     adapters_equal(ours, tensors)
 
 
@@ -318,7 +318,7 @@ def test_stabilitys_block_names_are_read(sdxl, tmp_path):
     assert {name.split(".lora_")[0] for name in tensors} == BY_HAND.keys()
     kohya_file(tmp_path / "a.safetensors", tensors, BY_HAND.__getitem__)
     lora.remove(ours)
-    formats.load_kohya(tmp_path / "a.safetensors", {"unet": ours})
+    load_kohya(tmp_path / "a.safetensors", {"unet": ours})
     adapters_equal(ours, tensors)
     found = StableDiffusionXLPipeline.lora_state_dict(tmp_path / "a.safetensors", unet_config=reference.config)
     StableDiffusionXLPipeline.load_lora_into_unet(*found[:2], reference)
@@ -346,7 +346,7 @@ def test_a_block_that_the_network_has_not_is_refused(sdxl, tmp_path):
     lora.remove(ours)
     kohya_file(tmp_path / "a.safetensors", tensors, lambda _: "input_blocks_9_1_proj_in")
     with pytest.raises(weights.WeightsError, match="input_blocks_9_1_proj_in"):
-        formats.load_kohya(tmp_path / "a.safetensors", {"unet": ours})
+        load_kohya(tmp_path / "a.safetensors", {"unet": ours})
 
 
 def test_sdxl_without_its_conditions_says_which(tmp_path_factory):

@@ -22,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str]) -> int:
+    """The command; returns the exit code."""
     shown = arguments[:1] == ["show"]
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(

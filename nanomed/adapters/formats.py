@@ -41,6 +41,7 @@ class Stored(NamedTuple):
 
 
 def stored(module: nn.Module, base: str = "") -> Stored:
+    """The adapter that a network has, apart from it."""
     return Stored(state(module), config(module), base)
 
 
@@ -138,6 +139,7 @@ def _targets(module: nn.Module, layers: Collection[str]) -> list[str] | str:
 
 
 def diffusers_file(path: str | Path) -> Path:
+    """The file itself, or the one that diffusers writes into a folder."""
     return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "pytorch_lora_weights.safetensors"
 
 
@@ -225,22 +227,6 @@ def load_diffusers(path: str | Path, modules: Mapping[str, nn.Module]) -> list[n
                 parts.append(Part(module, mine, prefix, by_name(module), settings))
                 break
     return place(file, tensors, parts)
-
-
-def load_kohya(path: str | Path, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """Give networks the adapters of a file in kohya's keys (LoRA and LoCon; alpha is the rank where it has none).
-
-    modules   as in `save_kohya`. The underscores of a key are matched with the names of the layers that are there,
-              and with those that a U-Net's layers have in Stability's own code (`lora_unet_input_blocks_4_1_...`)
-
-    Returns and raises as `load_diffusers`.
-    """
-    tensors, parts = weights.read(path), []
-    for name, module in modules.items():
-        for prefix in kohya_prefixes(name):
-            if mine := {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}:
-                parts.append(Part(module, mine, prefix, by_underscores(module, path)))
-    return place(path, tensors, parts)
 
 
 def by_name(module: nn.Module) -> Callable[[str], str | None]:
@@ -363,7 +349,7 @@ def place(file: str | Path, tensors: dict[str, Tensor], parts: Sequence[Part]) -
         plans.append((part, found))
     if unknown:
         names = ", ".join(sorted(unknown)[:6]) + (", ..." if len(unknown) > 6 else "")
-        networks = " and ".join(type(part.module).__name__ for part in parts) or "what was given"
+        networks = " and ".join(dict.fromkeys(type(part.module).__name__ for part in parts)) or "what was given"
         raise WeightsError(f"{file}: {len(unknown)} keys ({names}) have no place in {networks}; nothing was loaded")
     for _, found in plans:
         if len({"magnitude" in slots or "dora_scale" in slots for slots in found.values()}) > 1:
@@ -431,6 +417,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def parse(text: str, where: str) -> dict:
+    """A JSON object; WeightsError with `where` for what is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

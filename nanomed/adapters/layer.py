@@ -37,14 +37,17 @@ class Adapted:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return self.lora_A.weight.shape[0]
 
     @property
     def scale(self) -> float:
+        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) of rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     @property
     def merged(self) -> bool:
+        """Whether `weight` has the adapter in it; the bare one is in `base`."""
         return bool(self.base)
 
     def adapter(self) -> dict[str, nn.Parameter]:
@@ -83,11 +86,13 @@ class Adapted:
         return weight.view_as(self.weight).to(self.weight.dtype)
 
     def merge(self) -> None:
+        """Put the adapter into `weight`, until `unmerge`."""
         if not self.merged:
             self.base = (self.weight,)
             self.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
 
     def unmerge(self) -> None:
+        """Put the bare weight back, to the bit."""
         if self.merged:
             (base,) = self.base
             if base.device != self.weight.device:  # the network was moved while merged
@@ -107,6 +112,7 @@ class Adapted:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """As of the bare layer, with rank and alpha."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
 
 
@@ -207,6 +213,7 @@ def start(weight: Tensor, rank: int, init: str, dora: bool) -> tuple[Tensor, Ten
 
 
 def attach(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor | None, alpha: float, stabilised: bool) -> None:
+    """Make an adapted layer of a bare one in place, with A and B, and for DoRA the magnitude of each output channel."""
     layer.__class__ = LoraLinear if type(layer) is nn.Linear else LoraConv2d
     layer.alpha, layer.rank_stabilised, layer.base = int(alpha) if alpha == int(alpha) else alpha, stabilised, ()
     layer.lora_A, layer.lora_B = Factor(a), Factor(b)
@@ -216,6 +223,7 @@ def attach(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor | None, alp
 
 
 def detach(layer: nn.Module) -> None:
+    """Make the bare layer of an adapted one again, in place."""
     for name in ("lora_A", "lora_B", "lora_magnitude_vector", "alpha", "rank_stabilised", "base"):
         delattr(layer, name)
     layer.__class__ = nn.Linear if type(layer) is LoraLinear else nn.Conv2d

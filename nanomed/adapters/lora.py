@@ -130,6 +130,7 @@ def fold(module: nn.Module) -> None:
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The adapted layers by name; ValueError where there are none."""
     found: dict[str, nn.Module] = {name: each for name, each in module.named_modules() if isinstance(each, Adapted)}  # type: ignore[misc]
     if not found:
         raise ValueError(f"this {type(module).__name__} has no adapter: inject or load one first")
@@ -137,11 +138,13 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def expect_bare(module: nn.Module) -> None:
+    """ValueError for a network that has an adapter."""
     if adapted(module):
         raise ValueError(f"this {type(module).__name__} has an adapter already: fold or remove it first")
 
 
 def expect_adaptable(name: str, layer: nn.Module) -> None:
+    """ValueError for a layer that cannot have an adapter."""
     # Exactly these classes: a subclass may read its weight in a way of its own, and would miss the adapter.
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise ValueError(f"{name} is a {type(layer).__name__}: adapters are for nn.Linear and nn.Conv2d")
@@ -150,6 +153,7 @@ def expect_adaptable(name: str, layer: nn.Module) -> None:
 
 
 def matches(name: str, targets: Collection[str]) -> bool:
+    """Whether a name is a target, or ends in one behind a dot."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -162,6 +166,7 @@ def by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) 
 
 
 def adaptable(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers by name that an adapter could be put on."""
     return {name: layer for name, layer in module.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)}
 
 

@@ -50,6 +50,7 @@ class Source(NamedTuple):
 
     @property
     def kohya(self) -> bool:
+        """Whether the keys are kohya's."""
         return any(_KOHYA.fullmatch(key) for key in self.tensors)
 
 
@@ -180,10 +181,12 @@ def attach(some: Iterable[Source], modules: Mapping[str, nn.Module], weight: flo
         parts: list[formats.Part] = []
         names: list[str] = []
         for prefix, (said, tensors) in groups(source).items():
-            name, part = _place(source, prefix, said, tensors, modules)
+            name, part, fits = _place(source, prefix, said, tensors, modules)
+            parts.append(part)
+            if not fits:
+                continue  # `place` refuses it, key by key
             if name in given + names:
                 raise WeightsError(f"{source.file}: two adapters for {name}")
-            parts.append(part)
             names.append(name)
         whole = {key: tensor for part in parts for key, tensor in part.tensors.items()}
         formats.place(source.file, whole, parts)
@@ -195,8 +198,9 @@ def attach(some: Iterable[Source], modules: Mapping[str, nn.Module], weight: flo
 
 def _place(
     source: Source, prefix: str, said: str, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
-) -> tuple[str, formats.Part]:
-    """The network that all these keys have a place in; where there is none, the one that comes nearest, to complain."""
+) -> tuple[str, formats.Part, bool]:
+    """The network that all these keys have a place in; where there is none, the one that comes nearest, to complain,
+    and False."""
     settings = source.settings
     if prefix.endswith(".") and settings:  # diffusers' header is one table for all parts
         settings = {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
@@ -219,9 +223,9 @@ def _place(
         raise WeightsError(f"{source.file}: its keys fit {' and '.join(name for name, _ in fits)} alike; write it with "
                            f"the part's name before the keys, as diffusers does")  # fmt: skip
     if fits:
-        return fits[0]
+        return *fits[0], True
     assert best is not None
-    return best[1], best[2]
+    return best[1], best[2], False
 
 
 def fold(given: str, modules: Mapping[str, nn.Module]) -> list[dict]:

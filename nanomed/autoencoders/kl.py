@@ -66,6 +66,7 @@ class Half(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def middle(self) -> Iterator[nn.Module]:
+        """The two residual blocks of the middle and the attention between them, in order."""
         first, second = self.mid_block["resnets"]
         yield from (first, *self.mid_block["attentions"], second)
 

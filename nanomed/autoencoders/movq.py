@@ -42,6 +42,7 @@ class SpatialAttention(ImageAttention):
         del self.group_norm
 
     def normed(self, x: Tensor, zq: Tensor | None) -> Tensor:
+        """By the latents, where the parent divides by groups."""
         return self.spatial_norm(x, zq)
 
 
@@ -70,6 +71,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block, at the smallest resolution."""
+
     def __init__(self, channels: int, norm: Norm, attention: type):
         super().__init__()
         self.attentions = nn.ModuleList([attention(channels, norm)])
@@ -81,6 +84,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images to latents, before they are quantized."""
+
     def __init__(self, cin: int, latent: int, widths: Sequence[int], layers: int, norm: Norm):
         super().__init__()
         self.conv_in = nn.Conv2d(cin, widths[0], 3, padding=1)
@@ -101,6 +106,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents to images, with norms that look at the quantized latents at every resolution."""
+
     def __init__(self, cout: int, latent: int, widths: Sequence[int], layers: int, norm: Norm):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)

@@ -42,6 +42,8 @@ class BasicRes(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Two residual units; the second one starts as the identity."""
+
     def __init__(self, cin: int, cout: int):
         super().__init__()
         self.block_seq = nn.Sequential(BasicRes(cin, cout), BasicRes(cout, cout, zero=True))

@@ -15,6 +15,8 @@ from nanomed.run import flags
 
 @dataclass
 class Config:
+    """Flags of `check`."""
+
     verb: Annotated[str, "check"] = ""  # what to do
     path: str = ""  # folder or spec of the data set
     valid: str = ""  # another set that must share no image with it
@@ -25,6 +27,7 @@ class Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
     words = flags.parse(Config, arguments, description=__doc__, words=("verb", "path"))
     if not words.path.strip():
         raise flags.UsageError("path: say a folder, or a data set such as clef:DIR")

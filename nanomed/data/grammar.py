@@ -66,6 +66,7 @@ def sizes(names: Iterable[str]) -> str:
 
 
 def paris(types: Iterable[str]) -> str:
+    """Of the shapes that are there, such as "is" and "iia"."""
     types = [f"paris {kind}" for kind in types]
     return f"Generate {'a polyp' if len(types) == 1 else 'polyps'} of type {join(types)}."
 

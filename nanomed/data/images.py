@@ -260,7 +260,8 @@ def msdm_valid(image: Image.Image, size: int) -> np.ndarray:
 
 
 def padded(image: Image.Image) -> Image.Image:
-    """The image in the middle of a black square: the transform of the MMCP team's Kandinsky scripts."""
+    """The image in the middle of a black square, the odd pixel to the right or below: the transform of the MMCP team's
+    Kandinsky scripts."""
     side = max(image.size)
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -293,11 +294,3 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float =
 def squash(image: Image.Image, size: int) -> np.ndarray:
     """Resize both sides to `size`, whatever the aspect: what the papers' FID does to real images."""
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def pad_square(image: Image.Image) -> Image.Image:
-    """Black borders that make the image square, the odd pixel to the right or below: MMCP's Kandinsky transform."""
-    side = max(image.size)
-    padded = Image.new("RGB", (side, side))
-    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return padded

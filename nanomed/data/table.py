@@ -25,6 +25,8 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
+    """An image and what is said of it."""
+
     file: Path
     prompts: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()  # one for each prompt, or none at all
@@ -38,6 +40,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
+    """Images of a data set, or of several."""
+
     name: str
     rows: tuple[Row, ...]
 

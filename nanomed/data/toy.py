@@ -28,6 +28,8 @@ BOX = (0.02, 0.75, 0.26, 0.98)  # left, top, right, bottom: where the organisers
 
 @dataclass(frozen=True)
 class Polyp:
+    """Where it is and how it looks."""
+
     cell: str
     size: str  # an entry of grammar.SIZES
     paris: str  # "is" sessile, "ip" on a stalk, "iia" flat
@@ -124,7 +126,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
         cx, cy = _center(polyp.cell)
         draw(_polyp, (cx - 0.25, cy - 0.25, cx + 0.25, cy + 0.35), polyp)
     for cx, cy, radius in _highlights(scene, rng):
-        draw(_highlight, (cx - 0.03, cy - 0.03, cx + 0.03, cy + 0.03), cx, cy, radius)
+        draw(_highlight, (cx - 0.03, cy - 0.03, cx + 0.03, cy + 0.03), (cx, cy, radius))
     corner = np.minimum(np.minimum(x + y, 2 - x - y), np.minimum(1 - x + y, 1 + x - y))
     image *= _soft(corner - 0.13, pixel)[..., None]  # the octagonal stop of an endoscope
     if scene.text:
@@ -274,7 +276,8 @@ def _highlights(scene: Scene, rng: np.random.Generator) -> list[tuple[float, flo
     return spots + [(px - 0.025, py - 0.035, 0.012) for px, py in centers]
 
 
-def _highlight(cx: float, cy: float, radius: float, image, x, y, rng, pixel) -> np.ndarray:
+def _highlight(place: tuple[float, float, float], image, x, y, rng, pixel) -> np.ndarray:
+    cx, cy, radius = place
     spot = _soft(radius - np.hypot(x - cx, (y - cy) * 1.5), pixel)
     return _mix(image, np.array([252, 246, 240], np.float32), 0.85 * spot)
 

@@ -79,6 +79,7 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
+        """Those of the prediction, and as many of its variance where it is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
@@ -114,6 +115,8 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep through two layers."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -142,6 +145,8 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Among all patches."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -154,6 +159,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Four times as wide inside, with the approximate GELU."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -181,6 +188,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated norm, and each token to a patch's output."""
+
     def __init__(self, c: DiTConfig):
         super().__init__()
         self.linear = nn.Linear(c.hidden_size, c.patch_size**2 * c.out_channels)

@@ -57,10 +57,12 @@ class HunyuanConfig:
 
     @property
     def dim(self) -> int:
+        """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def out_channels(self) -> int:
+        """Those of the prediction, and as many of its variance where it is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
@@ -172,6 +174,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c.dim, c.dim)])
 
     def split(self, x: Tensor) -> Tensor:
+        """Channels by heads."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
 
     def keys_values(self, context: Tensor) -> Tensor:
@@ -226,6 +229,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Patches of the latents to tokens, row by row."""
+
     def __init__(self, c: HunyuanConfig):
         super().__init__()
         self.proj = nn.Conv2d(c.in_channels, c.dim, c.patch_size, stride=c.patch_size)

@@ -162,11 +162,14 @@ class Level(nn.Module):
             setattr(self, name, nn.ModuleList([ResnetBlock(cout, cout, resample=resample, **block)]))
 
     def step(self, i: int, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+        """The i-th residual block, and attention where the level has it."""
         x = self.resnets[i](x, time)
         return self.attentions[i](x, tokens) if hasattr(self, "attentions") else x
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block, at the smallest resolution."""
+
     def __init__(self, channels: int, attention: dict, **block):
         super().__init__()
         self.attentions = nn.ModuleList([ImageAttention(channels, **attention)])

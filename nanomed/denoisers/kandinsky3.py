@@ -86,10 +86,12 @@ class TimeNorm(nn.Module):
 
 
 def halve(channels: int) -> nn.Conv2d:
+    """A convolution to half the sides."""
     return nn.Conv2d(channels, channels, 2, stride=2)
 
 
 def double(channels: int) -> nn.ConvTranspose2d:
+    """A transposed convolution to twice the sides."""
     return nn.ConvTranspose2d(channels, channels, 2, stride=2)
 
 
@@ -152,6 +154,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(cout, cout, bias=False)])
 
     def split(self, x: Tensor) -> Tensor:
+        """Channels by heads."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +206,8 @@ class AttentionBlock(nn.Module):
 
 
 class EncoderProjection(nn.Module):
+    """T5's states to the U-Net's width."""
+
     def __init__(self, cin: int, cout: int):
         super().__init__()
         self.projection_linear = nn.Linear(cin, cout, bias=False)

@@ -64,6 +64,8 @@ class ResBlock(nn.Module):
 
 
 class Down(nn.Module):
+    """A convolution to half the sides."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.down_op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -73,6 +75,8 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
+    """Nearest neighbours at twice the sides, then a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.up_op = nn.Conv2d(channels, channels, 3, padding=1)
@@ -106,6 +110,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.to_out[0].weight)
 
     def keys_values(self, context: Tensor) -> Tensor:
+        """What it reads of a context (B, L, context): of a text, the same in every step."""
         return torch.cat([self.to_k(context), self.to_v(context)], dim=-1)  # (B, L, 2C)
 
     def forward(self, x: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
@@ -155,6 +160,8 @@ class ConditionalTransformer(nn.Module):
 
 
 class TextBlock(nn.Module):
+    """The attention of a level; a module around it, for the name that it has in the released file."""
+
     def __init__(self, channels: int, context: int, emb: int, groups: int, dropout: float):
         super().__init__()
         self.attention = ConditionalTransformer(channels, context, emb, groups, dropout)

@@ -45,10 +45,12 @@ class PixArtConfig:
 
     @property
     def dim(self) -> int:
+        """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def conditioned_on_size(self) -> bool:
+        """Whether it is told the size and the shape of an image: the 1024-MS version is."""
         asked = self.use_additional_conditions
         return self.sample_size == 128 if asked is None else asked
 

@@ -209,6 +209,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, transformer, residual block, at the smallest resolution."""
+
     def __init__(self, place: Place, c: StableDiffusionConfig):
         super().__init__()
         self.attentions = nn.ModuleList([Transformer(place, c)])
@@ -216,6 +218,7 @@ class Middle(nn.Module):
 
 
 def resnet(cin: int, cout: int, c: StableDiffusionConfig) -> ResnetBlock:
+    """A residual block of this U-Net."""
     return ResnetBlock(cin, cout, group_norm(c.norm_eps, c.norm_num_groups), time=4 * c.block_out_channels[0])
 
 

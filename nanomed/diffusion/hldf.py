@@ -1,7 +1,7 @@
 """HLDF, hybrid-level diffusion fine-tuning (Guo et al. 2025, "Med-Art"): beside the loss on noise, a loss on finished
 images that is back-propagated through the sampler which drew them (eq. 5).
 
-    denoise = recomputed(denoiser, cond, null, 4.5, params, steps=20)      in the place of guided(denoiser, ...)
+    denoise = recomputed(denoiser, cond, null, 4.5, params, Calls(20))      in the place of guided(denoiser, ...)
     latents = samplers.dpmpp_2m(denoise, diffusion, noise, steps=20)       the sampler, untouched
     loss = colour_loss(decode(latents), colours(images)) / 20              eq. 4, with the weight 1 / M
     loss.backward()
@@ -32,6 +32,7 @@ that back where there is memory, step by step.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,15 +62,17 @@ def colour_loss(images: Tensor, targets: Tensor, channels: str = "sum") -> Tenso
     return distance if channels == "sum" else distance / 3
 
 
+class Calls(NamedTuple):
+    """The calls of a sampler that is back-propagated through."""
+
+    steps: int  # how often it will call
+    keep: int = 0  # that many of the last calls hold their activations, and are not computed again
+    last: int | None = None  # back-propagate through the last calls alone, as DRaFT-K does (Clark et al. 2023): less
+    # time, another gradient. None: through all
+
+
 def recomputed(
-    denoiser: Callable[..., Tensor],
-    cond: Cond,
-    null: Cond,
-    scale: float,
-    params: Sequence[Tensor],
-    steps: int,
-    keep: int = 0,
-    last: int | None = None,
+    denoiser: Callable[..., Tensor], cond: Cond, null: Cond, scale: float, params: Sequence[Tensor], calls: Calls
 ) -> Denoise:
     """`guided(denoiser, cond, null, scale)` for one run of a sampler that is to be back-propagated through.
 
@@ -79,21 +82,17 @@ def recomputed(
 
     denoiser   deterministic, as it is called twice: no dropout. It may checkpoint its blocks to need still less
     params     what trains in it; text encoders train through the tensors of `cond` and `null`
-    steps      how often the sampler will call
-    keep       that many of the last calls hold their activations after all, and are not computed again
-    last       back-propagate through the last calls alone, as DRaFT-K does (Clark et al. 2023): less time, another
-               gradient. Empty: through all
 
     The closure counts its calls, so make one per sample.
     """
-    call, first = 0, 0 if last is None else steps - last
+    call, first = 0, 0 if calls.last is None else calls.steps - calls.last
     tensors = [*cond.values(), *(null[name] for name in cond), *params]
     held = guided(denoiser, cond, null, scale)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         nonlocal call
         call += 1
-        if first < call <= steps - keep:
+        if first < call <= calls.steps - calls.keep:
             return _Step.apply(held, denoiser, tuple(cond), scale, x, t, *tensors)
         return held(x, t) if call > first else _Step.apply(held, denoiser, (), scale, x.detach(), t)
 

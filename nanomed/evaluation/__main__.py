@@ -17,12 +17,15 @@ from nanomed.run import files, flags
 
 @dataclass
 class Config:
+    """Flags of the matrix."""
+
     out: Annotated[str, "a folder to write"] = "results/damages"  # folder for the page, the JSON and the table
     images: Annotated[int, "40 .. 100000"] = 200  # on each side
     side: Annotated[int, "32 .. 4096"] = 64  # pixels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
     config = flags.parse(Config, sys.argv[1:] if arguments is None else arguments, description=__doc__)
     out = Path(config.out)
     written = [out / f"matrix.{kind}" for kind in ("json", "md", "html")]

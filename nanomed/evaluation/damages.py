@@ -38,6 +38,7 @@ class Scenes:
     train: list[np.ndarray]
 
     def of(self, images: Iterable[np.ndarray]) -> "Scenes":
+        """Other images of the same scenes."""
         return Scenes(list(images), self.prompts, self.polyps, self.train)
 
 
@@ -314,4 +315,5 @@ def markdown(found: Mapping) -> str:
 
 
 def as_json(found: Mapping) -> str:
+    """The matrix as text."""
     return json.dumps(found, indent=1, default=float)

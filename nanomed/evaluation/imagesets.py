@@ -29,7 +29,7 @@ from nanomed.evaluation.table import one_line
 from nanomed.metrics import colour, memorisation
 from nanomed.metrics.colour import Colours
 from nanomed.run import files
-from nanomed.run.cache import cached
+from nanomed.run.cache import Cache
 from nanomed.run.progress import progress
 from nanomed.run.ranks import ALONE, Ranks
 
@@ -239,7 +239,7 @@ def survey(images: ImageSet, cache: str | Path, ranks: Ranks = ALONE) -> Survey:
         return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
 
     key = ["survey", _version(), list(images.hashes)]
-    columns = cached(Path(cache) / "survey", key, len(images), make, 64, ranks, f"{images.name}, pixels")
+    columns = Cache(Path(cache) / "survey", ranks).read(key, len(images), make, 64, f"{images.name}, pixels")
     return Survey({name: torch.cat([shard[name] for shard in columns.shards]) for name in columns.shards[0]})
 
 

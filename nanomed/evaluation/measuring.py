@@ -111,6 +111,15 @@ def exactly() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
+@dataclass
+class Asked:
+    """The metrics that were asked for, and what is said of those that cannot be measured."""
+
+    names: Sequence[str]  # that are refused by name; empty: none were named
+    notes: list[str]
+    lacking: dict[str, str] | None  # {metric: why}, where everything was asked for; None: what is lacking is an error
+
+
 class Eyes:
     """Looks at sets, once at each: what decoding shows, and what networks make of them. Collective: every rank does
     the same in the same order."""
@@ -139,6 +148,7 @@ class Eyes:
         return self.seen[key(images)]
 
     def survey(self, images: ImageSet) -> Survey:
+        """What decoding showed of a set that was looked at."""
         return self.surveys[images.hashes]
 
     def features(self, extractor: Extractor, images: ImageSet) -> dict[str, Tensor]:
@@ -180,8 +190,9 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     notes = [*sets.notes, *eyes.notes]
     lacking: dict[str, str] | None = {} if EVERYTHING in asked else None
     asked = METRICS if EVERYTHING in asked else asked
-    wanted = [name for name in asked or sets.usual if _possible(name, sets, asked, settings, notes, lacking)]
-    networks = _networks(wanted, asked, sets.toy_world, settings, ranks.device, notes, lacking)
+    request = Asked(asked, notes, lacking)
+    wanted = [name for name in asked or sets.usual if _possible(name, sets, request, settings)]
+    networks = _networks(wanted, request, sets.toy_world, settings, ranks.device)
     wanted = [name for name in wanted if name not in (lacking or {})]
     found: dict[str, dict] = {}
     for name, network in list(networks.items()):
@@ -196,12 +207,13 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     notes += eyes.store.notes
     if not ranks.first:
         return None
+    seen = Seen(networks, found, settings, ranks.device)
 
     outcome = Outcome(sets, {}, {}, notes, {fake.name: eyes.survey(fake).colours()}, lacking=lacking or {})
     if "memorisation" in wanted:
         try:
             with working("looking for copies"):
-                outcome.nearest, outcome.shared = _memorisation(sets, eyes, found, networks, settings)
+                outcome.nearest, outcome.shared = _memorisation(sets, eyes, seen)
         except ValueError as error:  # too few held-out images once those that are training images are left out
             if lacking is None and "memorisation" in asked:
                 raise DataError(f"--metrics memorisation: {error}") from None
@@ -209,19 +221,19 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
     if "faithfulness" in wanted:
         outcome.shared |= _faithfulness(fake, asked if lacking is None else ())
     for name in filter(networks.__contains__, OF_PROMPTS):
-        outcome.shared |= _clip_score(sets, name, networks[name], found[name], settings, ranks.device)
+        outcome.shared |= _clip_score(sets, name, seen)
     for name, real in reals.items():
         if not real.parts:
             notes += imagesets.mismatches(real, eyes.survey(real), fake, eyes.survey(fake))
         outcome.colours[name] = eyes.survey(real).colours()
         try:
             with working(f"distances to {name}, with intervals and floors"):
-                run = _distances(wanted, networks, found, real, fake, settings, ranks.device)
+                run = _distances(wanted, seen, real, fake)
         except ValueError as error:  # features that are no numbers: weights that are none
             raise DataError(f"{fake.name} against {real.name}: {error}; check the network's file") from None
         if "frd" in networks:
             try:
-                run |= _radiomic(networks["frd"], found["frd"], real, fake, settings)
+                run |= _radiomic(seen, real, fake)
             except ValueError as error:  # images without texture
                 if lacking is None:
                     raise DataError(f"--metrics frd: {error}") from None
@@ -239,7 +251,7 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
                 notes.append(f"{known.name} does not say how its features were made; --protocol {settings.protocol} is "
                              f"taken: files of pytorch-fid need pytorch-fid, those of clean-fid clean")  # fmt: skip
             try:
-                entry = _to_statistics(networks["main"], found["main"], fake, known, settings, ranks.device)
+                entry = _to_statistics(seen, fake, known)
             except ValueError as error:
                 raise DataError(f"{fake.name} against {known.name}: {error}") from None
             outcome.runs[name] = {label: values | {"real": known.digest} for label, values in entry.items()}
@@ -249,7 +261,7 @@ def measure(sets: Sets, asked: Sequence[str], settings: Settings, ranks: Ranks =
 # ------------------------------------------------------------------------------------------------ what can be measured
 
 
-def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list[str], lacking) -> bool:
+def _possible(name: str, sets: Sets, asked: Asked, settings: Settings) -> bool:
     """Whether the images allow a metric. Where not, an error if it was asked for by name, unless what is lacking is
     counted."""
     least = min(len(images) for images in (*sets.reals.values(), sets.fake))
@@ -280,20 +292,23 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
         without = [images.name for images in (sets.fake, *sets.reals.values()) if not images.labels]
         if without:
             reason = f"needs the class of every image, and {without[0]} has none: class folders, or a column label"
-    if reason and lacking is not None:
-        lacking[name] = reason
+    if reason and asked.lacking is not None:
+        asked.lacking[name] = reason
         return False
-    if reason and name in asked:
+    if reason and name in asked.names:
         raise DataError(f"--metrics {name} {reason}")
     if reason and name in OF_INCEPTION:
-        notes.append(f"{name} is left out: it {reason}")
+        asked.notes.append(f"{name} is left out: it {reason}")
     return not reason
 
 
-def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str], lacking) -> dict[str, Extractor]:
+def _networks(
+    wanted: Sequence[str], asked: Asked, toy_world: bool, settings: Settings, device: torch.device
+) -> dict[str, Extractor]:
     """The networks that the metrics need: "main" for those of Inception, the others by their metric. What
     has no file is an error, or counted as lacking."""
     found: dict[str, Extractor] = {}
+    lacking = asked.lacking
     more = settings.weights, settings.batch, device
     if OF_INCEPTION & set(wanted) or "memorisation" in wanted:
         try:
@@ -305,19 +320,21 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
         except weights.WeightsNotFound as error:
             stand_in = extractors.stand_in(*more) if toy_world and not settings.inception else None
             if stand_in is not None and settings.protocol != ORGANISERS:
-                notes.append(f"{error}. Until then the toy world's own classifier stands in: good for comparing toy "
-                             f"models only, and no FID")  # fmt: skip
+                asked.notes.append(
+                    f"{error}. Until then the toy world's own classifier stands in: good for comparing toy models "
+                    f"only, and no FID"
+                )
                 found["main"] = stand_in
                 if "is" in wanted and lacking is not None:
                     lacking["is"] = str(error)
-                elif "is" in asked:
+                elif "is" in asked.names:
                     raise
             elif lacking is not None:
-                lacking |= {name: str(error) for name in wanted if name in OF_INCEPTION}
+                lacking.update({name: str(error) for name in wanted if name in OF_INCEPTION})
             elif OF_INCEPTION & set(wanted):
                 raise
             else:
-                notes.append(f"memorisation in pixels only: {error}")
+                asked.notes.append(f"memorisation in pixels only: {error}")
     for name, make in OF_THEIR_OWN.items():
         if name in wanted:
             try:
@@ -345,22 +362,44 @@ def _who(network: str, sets: Sets, wanted: Sequence[str]) -> Iterator[ImageSet]:
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 
-def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings, device) -> Entries:
+@dataclass
+class Seen:
+    """What networks made of the images: each network by its metric's name, "main" for those of Inception."""
+
+    networks: dict[str, Extractor]
+    found: dict[str, dict]  # {network: {images' hashes: {column: (N, ...)}}}
+    settings: Settings
+    device: torch.device  # where numbers are computed
+
+    def pair(self, name: str, real: ImageSet, fake: ImageSet, column: str = "features") -> entries.Measured:
+        """Two sets by one network."""
+        network, settings = self.networks[name], self.settings
+        stand_in = network.name in STAND_IN.replace("-", " ")
+        protocol = network.name if stand_in else f"{network.name}, {network.protocol}"
+        features = [self.found[name][images.hashes][column].to(self.device) for images in (real, fake)]
+        protocol += {"tokens": ", class token of length 1"}.get(column, "")
+        prefix = f"{STAND_IN.split()[0]} " if stand_in else ""
+        how = entries.How(settings.intervals, settings.seed, settings.k, prefix)
+        return entries.Measured(*features, protocol, network.network, how)
+
+
+def _distances(wanted: Sequence[str], seen: Seen, real: ImageSet, fake: ImageSet) -> Entries:
     """Everything that compares features of one real set with those of the generated images."""
+    networks, found, settings = seen.networks, seen.found, seen.settings
     results: Entries = {}
     for key, label in (("kfd", "KFD"), ("hfd", "HFD"), ("swav", "SwAV-FD")):
         if key in networks:
-            results |= _measured(networks[key], found[key], real, fake, settings, device).frechet(label)
+            results |= seen.pair(key, real, fake).frechet(label)
     if "fbd" in networks:
-        tokens = _measured(networks["fbd"], found["fbd"], real, fake, settings, device, "tokens")
+        tokens = seen.pair("fbd", real, fake, "tokens")
         results |= tokens.frechet("FBD") | _medvqa(tokens, real, fake)
     if "dino" in networks:
-        dino = _measured(networks["dino"], found["dino"], real, fake, settings, device)
+        dino = seen.pair("dino", real, fake)
         results |= dino.frechet("FD-DINOv2")
         among = _repeated(dino, ["pr", "dc", *({"fbeta", "authenticity", "vendi"} & set(wanted))])
         results |= {f"DINOv2 {name}": entry for name, entry in among.items()}
     if "cmmd" in networks:
-        results |= _measured(networks["cmmd"], found["cmmd"], real, fake, settings, device).cmmd()
+        results |= seen.pair("cmmd", real, fake).cmmd()
     main = networks.get("main")
     if main is None:
         return results
@@ -369,7 +408,7 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
         p, q = of_real["probabilities"], of_fake["probabilities"]
         theirs = entries.imageclef2024(p, q, main.network, settings.intervals, settings.seed)
         return {name: e for name, e in theirs.items() if name[:3].strip().lower() in wanted} | results
-    sets = _measured(main, found["main"], real, fake, settings, device)
+    sets = seen.pair("main", real, fake)
     first: Entries = {}
     if "fid" in wanted:
         first |= sets.frechet("Frechet distance" if sets.prefix else "FID")
@@ -382,23 +421,25 @@ def _distances(wanted, networks, found, real: ImageSet, fake: ImageSet, settings
     return first | _repeated(sets, wanted) | results
 
 
-def _radiomic(network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings) -> Entries:
-    sides = [{key: found[images.hashes][key] for key in ("features", "v0")} for images in (real, fake)]
+def _radiomic(seen: Seen, real: ImageSet, fake: ImageSet) -> Entries:
+    network, settings = seen.networks["frd"], seen.settings
+    sides = [{key: seen.found["frd"][images.hashes][key] for key in ("features", "v0")} for images in (real, fake)]
     return entries.radiomic(*sides, network.protocol, settings.intervals, settings.seed)
 
 
-def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Statistics, settings, device) -> Entries:
+def _to_statistics(seen: Seen, fake: ImageSet, known: Statistics) -> Entries:
     """The Frechet distance to the moments that a file holds."""
+    network, settings, device = seen.networks["main"], seen.settings, seen.device
     if settings.protocol == ORGANISERS:
         raise ValueError(f"the protocol {ORGANISERS} is of class probabilities, and needs the real images")
-    features = found[fake.hashes]["features"].to(device)
+    features = seen.found["main"][fake.hashes]["features"].to(device)
     mean, covariance = known.mean.to(device), known.covariance.to(device)
     protocol = f"{network.name}, {network.protocol}"
     if known.of and known.of != cached_as(network):
         raise ValueError(f"holds features of {known.of}, and those of the images are of {cached_as(network)}")
     label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
-    return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network,
-                                                 settings.intervals, settings.seed)}  # fmt: skip
+    how = entries.How(settings.intervals, settings.seed)
+    return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network, how)}
 
 
 def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:
@@ -431,30 +472,20 @@ def _medvqa(sets: entries.Measured, real: ImageSet, fake: ImageSet) -> Entries:
             objectives.append(medvqa.Objective(sets.fake[places[one]], sets.fake[places[other]], sets.real[both]))
     each = [sets.fake[rows] for rows in places.values() if len(rows) >= medvqa.LEAST]
     counts = len(real), len(fake)
-    return entries.medvqa2025(objectives, each, sets.protocol, sets.network, counts, sets.sure, sets.seed)
+    return entries.medvqa2025(objectives, each, sets.protocol, sets.network, counts, sets.how)
 
 
-def _measured(
-    network: Extractor, found: dict, real: ImageSet, fake: ImageSet, settings, device, column: str = "features"
-) -> entries.Measured:
-    stand_in = network.name in STAND_IN.replace("-", " ")
-    protocol = network.name if stand_in else f"{network.name}, {network.protocol}"
-    features = [found[images.hashes][column].to(device) for images in (real, fake)]
-    protocol += {"tokens": ", class token of length 1"}.get(column, "")
-    prefix = f"{STAND_IN.split()[0]} " if stand_in else ""
-    return entries.Measured(*features, protocol, network.network, prefix, settings.intervals, settings.seed, settings.k)
-
-
-def _memorisation(sets: Sets, eyes: Eyes, found, networks, settings) -> tuple[memorisation.Memorisation, Entries]:
+def _memorisation(sets: Sets, eyes: Eyes, seen: Seen) -> tuple[memorisation.Memorisation, Entries]:
     """The nearest training image of every generated one, in small pixels and in features."""
+    networks, settings = seen.networks, seen.settings
     held_out = imagesets.union("real", list(sets.reals.values())) if sets.held_out else None
 
     def spaces(images: ImageSet) -> dict[str, Tensor]:
         parts = images.parts or (images,)
-        seen = {"pixels": torch.cat([eyes.survey(eyes.look(part)).columns["small"].float() for part in parts])}
-        if "main" in found and settings.protocol != ORGANISERS:
-            seen["features"] = torch.cat([eyes.features(networks["main"], part)["features"] for part in parts])
-        return seen
+        made = {"pixels": torch.cat([eyes.survey(eyes.look(part)).columns["small"].float() for part in parts])}
+        if "main" in networks and settings.protocol != ORGANISERS:
+            made["features"] = torch.cat([eyes.features(networks["main"], part)["features"] for part in parts])
+        return made
 
     result = memorisation.examine(spaces(sets.train), spaces(sets.fake), spaces(held_out) if held_out else None)
     main = networks.get("main")
@@ -480,15 +511,16 @@ def _faithfulness(fake: ImageSet, asked: Sequence[str]) -> Entries:
     return {label: entries.share(answers, "toy reader") for label, answers in judged.items()}
 
 
-def _clip_score(sets: Sets, name: str, network: Extractor, found: dict, settings, device) -> Entries:
+def _clip_score(sets: Sets, name: str, seen: Seen) -> Entries:
     """Agreement of every generated image with its first prompt; beside it the real ones', where they have any."""
+    network, settings = seen.networks[name], seen.settings
 
     def pairs(images: ImageSet) -> tuple[Tensor, Tensor]:
         places: dict[str, int] = {}  # each prompt once
         rows = [places.setdefault(prompts[0], len(places)) for prompts in images.prompts]
         with working(f"{images.name}, {network.name} of {len(places):,} prompts"):
-            texts = read(list(places), settings.weights, settings.batch, device)
-        return found[images.hashes]["features"], texts[rows]
+            texts = read(list(places), settings.weights, settings.batch, seen.device)
+        return seen.found[name][images.hashes]["features"], texts[rows]
 
     label, read = OF_PROMPTS[name]
     told = [real for real in sets.reals.values() if real.prompts]
@@ -508,17 +540,14 @@ def classify(sets: Sets, settings: Settings, device: torch.device | str = "cpu")
     classes = sorted({label for images in (tests, *rows.values()) for label in images.labels})
     start = settings.classifier or vit.BACKBONE
     start = start if start == "tiny" else weights.find(start, settings.weights or None)
+
+    def labelled(images: ImageSet) -> downstream.Labelled:
+        decoded = (images.image(row) for row in range(len(images)))
+        return downstream.Labelled(decoded, [classes.index(label) for label in images.labels])
+
     results: Entries = {}
     for name, images in rows.items():
-        result = downstream.run(
-            start,
-            (images.image(row) for row in range(len(images))),
-            [classes.index(label) for label in images.labels],
-            (tests.image(row) for row in range(len(tests))),
-            [classes.index(label) for label in tests.labels],
-            len(classes),
-            device=device,
-        )
+        result = downstream.run(start, labelled(images), labelled(tests), len(classes), device=device)
         truth = torch.tensor([classes.index(label) for label in tests.labels])
         results |= _scores(name, truth, torch.from_numpy(result.probabilities), result, len(images), settings)
     return results

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanomed import metrics as metrics_wing
-from nanomed.run.cache import SHARD, cached
+from nanomed.run.cache import SHARD, Cache
 from nanomed.run.ranks import ALONE, Ranks
 from nanomed.text import clip, clip_vision
 
@@ -69,7 +69,7 @@ class Store:
             self.passes[extractor.name] += len(rows)
             return extractor.columns(ahead(image, rows))
 
-        columns = cached(folder, key, len(hashes), make, SHARD, self.ranks)
+        columns = Cache(folder, self.ranks).read(key, len(hashes), make, SHARD)
         return {name: torch.cat([shard[name] for shard in columns.shards]) for name in columns.shards[0]}
 
 

@@ -256,6 +256,7 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]], acro
 
 
 def charts(drawings: Sequence[str]) -> str:
+    """Drawings side by side."""
     return f'<div class="charts">{"".join(drawings)}</div>'
 
 

@@ -58,6 +58,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
 
     def split(self, x: Tensor) -> Tensor:
+        """Channels by heads."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +114,7 @@ Norm = Callable[[int], nn.Module]  # channels -> a normalisation
 
 
 def group_norm(eps: float, groups: int = 32) -> Norm:
+    """How to make a U-Net's norms of so many channels."""
     return lambda channels: nn.GroupNorm(groups, channels, eps=eps)
 
 
@@ -206,9 +208,11 @@ class ImageAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def split(self, x: Tensor) -> Tensor:
+        """Channels by heads."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
 
     def normed(self, x: Tensor, zq: Tensor | None) -> Tensor:
+        """What the pixels are projected of; `zq` is for norms that look at latents."""
         return self.group_norm(x)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None, zq: Tensor | None = None) -> Tensor:

@@ -35,6 +35,7 @@ class Colours:
 
     @property
     def n(self) -> int:
+        """Images."""
         return len(self.means)
 
 

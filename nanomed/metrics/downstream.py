@@ -4,7 +4,8 @@ The classifier is ViT-B/16 from the ImageNet-21k checkpoint, AdamW at a constant
 What it does not say is chosen here: batches of 16, weight decay 0.01, no augmentation. The row to compare with is the
 same recipe on the real training images.
 
-    result = downstream.run("google/vit-base-patch16-224-in21k folder", fakes, labels, tests, test_labels, classes=8)
+    train, test = Labelled(fakes, labels), Labelled(tests, test_labels)
+    result = downstream.run("google/vit-base-patch16-224-in21k folder", train, test, classes=8)
     result.scores["f1_macro"]
 
 Scores are numpy; they equal scikit-learn's, with an explicit None where a score is not defined.
@@ -13,6 +14,7 @@ Scores are numpy; they equal scikit-learn's, with an explicit None where a score
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +43,13 @@ TINY = vit.VitConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=3,
 TINY_RECIPE = Recipe(lr=1e-3)
 
 
+class Labelled(NamedTuple):
+    """Images and what they show."""
+
+    images: Iterable[np.ndarray]  # uint8 (H, W, 3) of any sizes, read once
+    labels: Sequence[int]  # 0 .. classes - 1
+
+
 @dataclass(frozen=True)
 class Result:
     """What a trained classifier says of the test images, and how right it is."""
@@ -53,10 +62,8 @@ class Result:
 
 def run(
     start: str | Path,
-    train_images: Iterable[np.ndarray],
-    train_labels: Sequence[int],
-    test_images: Iterable[np.ndarray],
-    test_labels: Sequence[int],
+    train: Labelled,
+    test: Labelled,
     classes: int,
     recipe: Recipe | None = None,
     device: torch.device | str = "cpu",
@@ -64,15 +71,14 @@ def run(
     """Train on the first images, test on the second; on a CPU the same arguments give the same bits.
 
     start     "tiny", a small ViT from scratch at 64 x 64 pixels, or the folder of a published ViT
-    images    uint8 (H, W, 3) of any sizes, read once; the training images are held resized
-    labels    0 .. classes - 1
+    train     the images to learn from, which are held resized
     recipe    None: the paper's, or for "tiny" one with its own learning rate
     """
     recipe = recipe or (TINY_RECIPE if str(start) == "tiny" else Recipe())
     network = classifier(start, classes, recipe.seed).to(device)
-    fit(network, train_images, train_labels, recipe)
-    probabilities = predict(network, test_images)
-    return Result(probabilities.argmax(1), probabilities, scores(test_labels, probabilities), recipe)
+    fit(network, train.images, train.labels, recipe)
+    probabilities = predict(network, test.images)
+    return Result(probabilities.argmax(1), probabilities, scores(test.labels, probabilities), recipe)
 
 
 def classifier(start: str | Path, classes: int, seed: int = 0) -> vit.VitClassifier:

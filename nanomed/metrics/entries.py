@@ -5,6 +5,7 @@ disjoint sets of real images give at the same N, so it is what a perfect generat
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,31 +26,27 @@ LEAST = {  # images that a metric needs
 Entries = dict[str, dict]
 
 
+@dataclass(frozen=True)
+class How:
+    """How entries are made of features."""
+
+    sure: bool = True  # with intervals and floors: about a dozen times the arithmetic
+    seed: int = 0  # of groups and subsets
+    k: int = K  # neighbours of precision and recall
+    prefix: str = ""  # before the names of the distances, where they are not the published network's
+
+
 class Measured:
     """Two sets of features of one network under one protocol, and the entries that can be made of them.
 
     real, fake   (N, D) on any device
     protocol     as it is to be printed, such as "Inception pool3, tf"
     network      fingerprint of the weights
-    prefix       before the names of the distances, where they are not the published network's
-    sure         with intervals and floors: about a dozen times the arithmetic
-    k            neighbours of precision and recall
     """
 
-    def __init__(
-        self,
-        real: Tensor,
-        fake: Tensor,
-        protocol: str,
-        network: str,
-        prefix: str = "",
-        sure: bool = True,
-        seed: int = 0,
-        k: int = K,
-    ) -> None:
-        self.k = k
-        self.real, self.fake, self.protocol, self.network = real, fake, protocol, network
-        self.prefix, self.sure, self.seed = prefix, sure, seed
+    def __init__(self, real: Tensor, fake: Tensor, protocol: str, network: str, how: How = How()) -> None:
+        self.real, self.fake, self.protocol, self.network, self.how = real, fake, protocol, network, how
+        self.prefix, self.sure, self.seed, self.k = how.prefix, how.sure, how.seed, how.k
         self.n = min(len(real), len(fake))
         self._neighbours: dict[str, tuple] | None = None  # of precision to coverage, once they were asked for
 
@@ -157,7 +154,7 @@ class Measured:
             if self._neighbours is None:
                 near = self.k if left > self.k else K
                 self._neighbours = uncertainty.neighbour_intervals(
-                    self.real, self.fake, near, K_COVERAGE, GROUPS, seed=self.seed
+                    self.real, self.fake, (near, K_COVERAGE), GROUPS, seed=self.seed
                 )
             found = [self._neighbours[name.lower()] for name in names]
             entries = {
@@ -189,7 +186,7 @@ class Measured:
 
 
 def frechet_to_statistics(
-    fake: Tensor, mean: Tensor, covariance: Tensor, protocol: str, network: str, sure: bool = True, seed: int = 0
+    fake: Tensor, mean: Tensor, covariance: Tensor, protocol: str, network: str, how: How = How()
 ) -> dict:
     """The entry of a Frechet distance to a mean (D,) and covariance (D, D) that a file holds: without a floor, and with
     an interval that knows the generated images only."""
@@ -197,10 +194,10 @@ def frechet_to_statistics(
     def value(features: Tensor) -> float:
         return scores.frechet_to_moments(features, mean, covariance)
 
-    how = {"protocol": f"{protocol}, to statistics", "n_real": 0, "n_fake": len(fake), "network": network}
-    entry = {"value": value(fake)} | how | small(len(fake), biased=True)
-    if sure and len(fake) >= 2 * GROUPS:
-        ends = uncertainty.interval(value, fake, groups=GROUPS, seed=seed)
+    about = {"protocol": f"{protocol}, to statistics", "n_real": 0, "n_fake": len(fake), "network": network}
+    entry = {"value": value(fake)} | about | small(len(fake), biased=True)
+    if how.sure and len(fake) >= 2 * GROUPS:
+        ends = uncertainty.interval(value, fake, groups=GROUPS, seed=how.seed)
         entry |= interval(ends, f"{jackknife(GROUPS)}, the real statistics as they are")
     return entry
 
@@ -245,15 +242,14 @@ def medvqa2025(
     protocol: str,
     network: str,
     n: tuple[int, int],
-    sure: bool = True,
-    seed: int = 0,
+    how: How = How(),
 ) -> Entries:
     """Fidelity, agreement and diversity of MEDVQA-GI 2025: the first two of objectives, the last of the features (N, D)
     of each prompt with two images or more; n images there are on the real and the generated side.
 
     The interval is over objectives or prompts; the floor, rather a ceiling, is of real images in the prompts' place.
     """
-    chance = [found for one in objectives if (found := medvqa.by_chance(one, seed))] if sure else []
+    chance = [found for one in objectives if (found := medvqa.by_chance(one, how.seed))] if how.sure else []
     entries: Entries = {}
     for name, value, those, perfect, what, support in (
         ("fidelity", medvqa.fidelity, objectives, chance, "objectives", (0.0, 100.0)),
@@ -265,7 +261,7 @@ def medvqa2025(
         each = torch.tensor([value(one) for one in those], dtype=torch.float64)
         entry = {"value": each.mean().item(), "protocol": f"{protocol}, {len(each):,} {what}", "n_real": n[0],
                  "n_fake": n[1], "network": network}  # fmt: skip
-        if sure and len(each) >= 2:
+        if how.sure and len(each) >= 2:
             entry |= interval(_within(uncertainty.mean_interval(each), *support), f"Student's t over the {what}")
         if perfect:
             own = sum(map(value, perfect)) / len(perfect)
@@ -347,6 +343,7 @@ def small(n: int, biased: bool = False, sure: bool = True) -> dict:
 
 
 def jackknife(groups: int) -> str:
+    """The name of the method."""
     return f"jackknife over {groups} groups of images"
 
 
@@ -356,6 +353,7 @@ def _within(ends: tuple[float, float], low: float, high: float) -> tuple[float, 
 
 
 def interval(ends: tuple[float, float], method: str) -> dict:
+    """What an entry says of the two ends of its interval."""
     return {"interval": {"low": ends[0], "high": ends[1], "level": 0.95, "method": method}}
 
 

@@ -86,6 +86,7 @@ class Memorisation:
 
     @property
     def alarm(self) -> bool:
+        """Whether a pair is too near, or the set as a whole."""
         return bool(self.flagged or self.nearer)
 
     @property

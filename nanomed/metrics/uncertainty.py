@@ -162,14 +162,15 @@ def kernel_interval(
 
 
 def neighbour_intervals(
-    real: Tensor, fake: Tensor, k: int = 3, k_coverage: int = 5, groups: int = 10, level: float = 0.95, seed: int = 0
+    real: Tensor, fake: Tensor, ks: tuple[int, int] = (3, 5), groups: int = 10, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, Interval]]:
-    """Values and intervals of precision, recall, f1 (k), density and coverage (k_coverage): what `intervals` of
-    `scores.precision_recall` and `scores.density_coverage` gives, from one pass over all distances.
+    """Values and intervals of precision, recall, f1 (of the first k), density and coverage (of the second): what
+    `intervals` of `scores.precision_recall` and `scores.density_coverage` gives, from one pass over all distances.
 
     Every world is the images without one group; the last one is all of them. A ball's radius in each world is read off
     its nearest neighbours, far more than k of them, and the few pairs within the largest radius are judged per world.
     """
+    k, k_coverage = ks
     scores.check(max(2 * groups, k + 2, k_coverage + 2), real, fake)
     generator = torch.Generator().manual_seed(seed)
     labels = [_labels(groups_of(len(x), groups, generator), len(x)).to(x.device) for x in (real, fake)]

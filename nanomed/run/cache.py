@@ -35,41 +35,46 @@ class Columns:
         return {name: torch.stack([self.shards[i // SHARD][name][i % SHARD] for i in rows]) for name in names}
 
 
-def cached(
-    folder: str | Path,
-    key: object,
-    count: int,
-    make: Callable[[list[int]], dict[str, Tensor]],
-    chunk: int = 32,
-    ranks: Ranks = ALONE,
-    what: str = "",
-) -> Columns:
-    """Rows 0 .. count - 1 of `make`, from disk where they are there and whole, else computed and written.
+class Cache:
+    """Entries in a folder that all ranks see."""
 
-    `key` is any JSON value that names all the inputs. `make(rows)` returns {name: (len(rows), ...)}; it is called
-    with at most `chunk` rows. Ranks share the missing shards and wait for each other. `what` is made, if that is to
-    be told where it takes long.
-    """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = Path(folder) / digest[:32]
-    starts = range(0, count, SHARD)
-    mine = ranks.share(starts)
-    with Progress(sum(min(SHARD, count - start) for start in mine), what, shown=bool(what)) as bar:
-        for start in mine:
-            path = folder / f"{start:08d}.safetensors"
-            rows = list(range(start, min(start + SHARD, count)))
-            if _whole(path):
-                bar.update(len(rows))
-                continue
-            pieces = []
-            for i in range(0, len(rows), chunk):
-                pieces.append(make(rows[i : i + chunk]))
-                bar.update(len(rows[i : i + chunk]))
-            shard = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
-            files.write_tensors(path, shard)
-            files.write_text(path.with_suffix(".sha256"), files.sha256(path))
-    ranks.barrier()
-    return Columns([load_file(folder / f"{start:08d}.safetensors") for start in starts], count)
+    def __init__(self, folder: str | Path, ranks: Ranks = ALONE):
+        self.folder, self.ranks = Path(folder), ranks
+
+    def read(
+        self,
+        key: object,
+        count: int,
+        make: Callable[[list[int]], dict[str, Tensor]],
+        chunk: int = 32,
+        what: str = "",
+    ) -> Columns:
+        """Rows 0 .. count - 1 of `make`, from disk where they are there and whole, else computed and written.
+
+        `key` is any JSON value that names all the inputs. `make(rows)` returns {name: (len(rows), ...)}; it is called
+        with at most `chunk` rows. Ranks share the missing shards and wait for each other. `what` is made, if that is
+        to be told where it takes long.
+        """
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        folder = self.folder / digest[:32]
+        starts = range(0, count, SHARD)
+        mine = self.ranks.share(starts)
+        with Progress(sum(min(SHARD, count - start) for start in mine), what, shown=bool(what)) as bar:
+            for start in mine:
+                path = folder / f"{start:08d}.safetensors"
+                rows = list(range(start, min(start + SHARD, count)))
+                if _whole(path):
+                    bar.update(len(rows))
+                    continue
+                pieces = []
+                for i in range(0, len(rows), chunk):
+                    pieces.append(make(rows[i : i + chunk]))
+                    bar.update(len(rows[i : i + chunk]))
+                shard = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+                files.write_tensors(path, shard)
+                files.write_text(path.with_suffix(".sha256"), files.sha256(path))
+        self.ranks.barrier()
+        return Columns([load_file(folder / f"{start:08d}.safetensors") for start in starts], count)
 
 
 def _whole(path: Path) -> bool:

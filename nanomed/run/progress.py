@@ -80,6 +80,7 @@ class Progress:
         return f"{self.what}: {self.done:,} of {self.total:,}{plural(self.unit)}{left}{self.notes}"
 
     def close(self) -> None:
+        """End the bar, and the thread that tells of long waits."""
         self.ended.set()
         if self.bar is not None:
             self.bar.close()

@@ -24,6 +24,7 @@ def text(value: object) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
+    """A list; nothing of no lines."""
     return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 

@@ -5,9 +5,10 @@ A new system is one file beside this one and one line in `FILES`. May import the
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ FILES = {  # preset -> file in this folder and class in it
     "medart": "medart.MedArt", "medart-skin": "medart.MedArt",
     "medart-tiny": "miniatures.medart.MedArtTiny",
     "kandinsky2": "kandinsky2.Kandinsky2", "kandinsky2-tiny": "miniatures.kandinsky2.Kandinsky2Tiny",
-    "hunyuan": "hunyuan.Hunyuan", "hunyuan-tiny": "hunyuan.Hunyuan",
+    "hunyuan": "hunyuan.Hunyuan", "hunyuan-tiny": "miniatures.hunyuan.Hunyuan",
     "dit-s8": "dit.ClassDiT", "dit-tiny": "dit.ClassDiT",
     "sd14": "sd.StableDiffusion14", "sd15": "sd.StableDiffusion", "sdxl": "sdxl.SDXL",
     "kandinsky3": "kandinsky3.Kandinsky3",
@@ -65,6 +66,12 @@ def options(preset: str) -> tuple[type, ...]:
 def settings(preset: str) -> dict:
     """What the preset's constructor takes by name, with the values that hold when nothing is said."""
     return _class(preset).settings() | _file(preset).PRESETS[preset]
+
+
+def chosen(preset: str, said: Mapping[str, Any]) -> dict:
+    """Of flags of train.py those that are settings of the preset's constructor. Its `steps` are those of drawing, and
+    --steps are those of training."""
+    return {name: value for name, value in said.items() if name in settings(preset) and name != "steps"}
 
 
 def load(

@@ -2,10 +2,10 @@
 back. The same for all systems, so that their own files need only a table of parts.
 """
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -53,8 +53,8 @@ class Found:
 class Assembled(nn.Module):
     """A module whose parts are plain attributes with published names (`vae`, `unet`, `text_encoder`, ...).
 
-    What a constructor takes by name are the settings: each is an attribute of that name and stands in `system.json`.
-
+    defaults    its settings and what they are where nothing is said, beside those of the classes above. A constructor
+                takes them by name; each is an attribute of that name and stands in `system.json`
     parts       name of a part -> how it is made and where it is published
     tokenizers  attribute -> (how a folder with it is read, the repository where that is not the system's own)
     name        of the preset that reads it back
@@ -62,8 +62,10 @@ class Assembled(nn.Module):
     denoiser    name of the part that works on latents; its device and dtype are the system's
     stages      name of a stage -> the parts it trains, in the order of the paper
     adapters    part -> the layers of it that an adapter takes hold of (lora.py's `targets`)
+    adapter_folders  part -> the folder of its adapter in a saved system, where that is not PART_lora
     """
 
+    defaults: dict[str, Any] = {}
     name: str
     parts: dict[str, Part]
     tokenizers: dict[str, tuple[Callable[[Path], Any], str]] = {}
@@ -71,8 +73,9 @@ class Assembled(nn.Module):
     denoiser: str
     stages: dict[str, tuple[str, ...]]
     adapters: dict[str, tuple[str, ...]] = {}
+    adapter_folders: dict[str, str] = {}
 
-    def __init__(self, found: Found):
+    def __init__(self, found: Found, **settings: Any):
         super().__init__()
         for name, module in found.modules.items():
             self.add_module(name, module)
@@ -81,6 +84,11 @@ class Assembled(nn.Module):
         self.shapes, self.base = found.shapes, found.base
         self.loras: list[dict] = []  # what `add_lora` has folded
         self._folded: set[str] = set()  # parts in which what lies below a run's adapters is folded
+        known = self.settings()
+        if unknown := {*settings} - {*known}:
+            raise TypeError(f"{self.name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+        for name, value in (known | settings).items():
+            setattr(self, name, copy(value))  # a table may be changed, and those of the class stay
 
     @classmethod
     def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
@@ -99,13 +107,10 @@ class Assembled(nn.Module):
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """What the constructor takes by name, with the defaults, those of the classes above included."""
+        """`defaults`, with those of the classes above that this one does not change."""
         found: dict[str, Any] = {}
         for above in reversed(cls.__mro__):
-            init = vars(above).get("__init__")
-            if isinstance(above, type) and issubclass(above, Assembled) and init is not None:
-                kinds = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
-                found |= {p.name: p.default for p in kinds}
+            found |= vars(above).get("defaults", {})
         return found
 
     @classmethod
@@ -206,7 +211,7 @@ class Assembled(nn.Module):
 
     def adapter_folder(self, part: str) -> str:
         """Where the adapter of a part lies in a saved system, as a PEFT folder."""
-        return f"{part}_lora"
+        return self.adapter_folders.get(part, f"{part}_lora")
 
     def save(self, folder: str | Path, parts: Iterable[str] = ()) -> None:
         """Write `system.json` and one folder for each of the given parts, or all, as published systems are laid out:

@@ -5,6 +5,7 @@ A system's own file says what its paper says: presets, loss, sampling.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,19 @@ class Weighting(Shapes):
     snr_gamma: Annotated[float, ">= 0"] = 0.0  # min-SNR weighting; 0 = off
 
 
+def each_once(encode: Callable[["System", list[str]], Cond]) -> Callable[["System", list[str]], Cond]:
+    """Of a system's method from prompts to their conditions one that encodes every distinct prompt once. The rows come
+    in the order of the prompts, on the system's device (a text encoder may live elsewhere)."""
+
+    @wraps(encode)
+    def encoded(self: "System", prompts: list[str]) -> Cond:
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(self.device)
+        return {name: tensor.to(self.device)[rows] for name, tensor in encode(self, distinct).items()}
+
+    return encoded
+
+
 class System(Assembled):
     """A text-to-image system, in the latents of an autoencoder.
 
@@ -67,6 +81,7 @@ class System(Assembled):
     chunks      whether a text may be read in several pieces, whose states are joined
     pieces      how many, now
     autoencoder name of the part that makes latents of images and images of latents
+    image_field what is kept of a training image: the "moments" that latents are drawn from, or the "latents", of MoVQ
     columns     of a file of prompts, the first that is there
     tile        larger images are decoded one by one in tiles of so many pixels a side; None: in one piece
     text_adapter kind of the text encoders' adapters, where they have one; "": as the other parts'
@@ -86,6 +101,7 @@ class System(Assembled):
     diffusion: Diffusion
     snr_gamma: float = 0.0
     autoencoder: str = "vae"
+    image_field: str = "moments"
     chunks: bool = False
     pieces: int = 1
     columns: tuple[str, ...] = (*WORDS, *CLASSES)
@@ -100,8 +116,18 @@ class System(Assembled):
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """The training loss of a stage: {"loss": scalar, and whatever is worth a column in the log}. Asks no tensor for
-        its value: a step does not wait for the device."""
-        raise NotImplementedError
+        its value: a step does not wait for the device.
+
+        Where a system says nothing else: of stage "vae" the autoencoder's, of another MSE between what the denoiser is
+        to predict and the first of its channels. `batch` holds "image" or its cached `image_field`, and "prompt" or
+        its cached `text_fields`.
+        """
+        if not self.uses_text(stage):
+            return self.vae.loss(batch["image"])
+        x0, factor = self.latents(batch), self.get_submodule(self.autoencoder).factor
+        cond = self.read(self.text(batch), *(side * factor for side in x0.shape[2:]))
+        predict = self.noise_of(partial(self.get_submodule(self.denoiser), **cond))
+        return {"loss": self.denoising_loss(predict, x0)}
 
     def sample(self, prompts: list[str], noise, steps: int | None = None, guidance: float | None = None, **options):
         """Images (B, 3, H, W) in [0, 1]; every random number comes from `noise`, in drawing order."""
@@ -161,13 +187,18 @@ class System(Assembled):
     # ------------------------------------------------------------------------------------- latents, text and the loss
 
     def image_moments(self, images: Tensor) -> dict[str, Tensor]:
-        """What the frozen VAE makes of images (B, 3, H, W) in [-1, 1]: moments, from which latents are drawn afresh."""
-        return {"moments": self.vae.moments(images.to(self.weight(self.autoencoder))).float()}
+        """What the frozen autoencoder makes of images (B, 3, H, W) in [-1, 1]: `image_field`."""
+        part, images = self.get_submodule(self.autoencoder), images.to(self.weight(self.autoencoder))
+        made = part.moments(images) if self.image_field == "moments" else part.encode(images)
+        return {self.image_field: made.float()}
 
     def latents(self, batch: dict) -> Tensor:
-        """x_0 of a training batch, which holds "image" or its cached "moments": a fresh draw in every step."""
-        moments = batch["moments"] if "moments" in batch else self.image_moments(batch["image"])["moments"]
-        moments = moments.to(self.device)
+        """x_0 of a training batch, which holds "image" or its cached `image_field`: of moments a fresh draw in every
+        step."""
+        made = batch if self.image_field in batch else self.image_moments(batch["image"])
+        moments = made[self.image_field].to(self.device)
+        if self.image_field == "latents":
+            return moments
         return self.vae.latents(moments, torch.randn(moments.chunk(2, 1)[0].shape, device=moments.device))
 
     def text(self, batch: dict) -> Cond:
@@ -225,7 +256,7 @@ class System(Assembled):
         """
         if not self.uses_text(stage):
             return {}
-        fields = {"image": ("vae", self.image_moments)}
+        fields = {"image": (self.autoencoder, self.image_moments)}
         readers = [part for part in self.parts if part.startswith("text_encoder")]
         if readers and not {*readers} & {*self.stages[stage]}:
             fields["text"] = (" ".join(readers), self.states)
@@ -267,11 +298,13 @@ class System(Assembled):
         if not self.uses_text(stage):
             return {"image": torch.rand(batch, 3, self.size, self.size, device=device) * 2 - 1}
         prompts = {"prompt": [f"An endoscopic image of a polyp, {i}." for i in range(batch)]}  # none is encoded twice
-        moments = torch.randn(batch, 2 * self.latent_shape[0], *self.latent_shape[1:], device=device)
+        channels, *sides = self.latent_shape
+        channels *= 2 if self.image_field == "moments" else 1
+        made = prompts | {self.image_field: torch.randn(batch, channels, *sides, device=device)}
         if "text" not in self.frozen(stage):
-            return prompts | {"moments": moments}
+            return made
         states, mask = torch.randn(batch, *self.text_shape, device=device), torch.ones(batch, self.text_shape[0]) > 0
-        return prompts | {"moments": moments, "prompt_embeds": states, "attention_mask": mask.to(device)}
+        return made | {"prompt_embeds": states, "attention_mask": mask.to(device)}
 
     def load_optional(self, stage: str, folder: str | None) -> str:
         """Look for files that a stage can use and can do without; returns a line that says what is left out, or ""."""
@@ -304,18 +337,13 @@ class System(Assembled):
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser is."""
         return self.weight(self.denoiser).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the denoiser's weights."""
         return self.weight(self.denoiser).dtype
-
-    def each_once(self, prompts: list[str], encode: Callable[[list[str]], Cond]) -> Cond:
-        """Every distinct prompt encoded once, and their rows in the order of the prompts, on the system's device (a
-        text encoder may live elsewhere)."""
-        distinct = list(dict.fromkeys(prompts))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(self.device)
-        return {name: tensor.to(self.device)[rows] for name, tensor in encode(distinct).items()}
 
     # ------------------------------------------- for a denoiser of latents with `config` and `read_text` of a prompt
 
@@ -337,17 +365,16 @@ class System(Assembled):
         return {name: value[len(prompts) :] for name, value in both.items()}, null
 
     def noise_of(self, denoise: Denoise) -> Denoise:
-        """As many channels as latents have, which is the prediction; the rest is a variance that the sampler does not
-        use. The network sees x in its own dtype, the sampler computes in that of x."""
-        channels = self.latent_shape[0]
-        return lambda x, t: denoise(x.to(self.dtype), t)[:, :channels].to(x.dtype)
+        """As many channels as x has, which is the prediction; the rest is a variance that the sampler does not use. The
+        network sees x in its own dtype, the sampler computes in that of x."""
+        return lambda x, t: denoise(x.to(self.dtype), t)[:, : x.shape[1]].to(x.dtype)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) of a size in pixels."""
-        c = self.get_submodule(self.denoiser).config
-        factor = self.get_submodule(self.autoencoder).factor
-        if height % (factor * c.patch_size) or width % (factor * c.patch_size):
-            raise UsageError(f"{height} x {width}: sides must be multiples of {factor * c.patch_size}")
+        c, factor = self.get_submodule(self.denoiser).config, self.get_submodule(self.autoencoder).factor
+        patch = factor * getattr(c, "patch_size", 1)
+        if height % patch or width % patch:
+            raise UsageError(f"{height} x {width}: sides must be multiples of {patch}")
         return c.in_channels, height // factor, width // factor
 
     # ------------------------------------------------------------------------------------------------------ training

@@ -66,6 +66,7 @@ OPTIONS = (Options,)  # of train.py for these presets
 class ClassDiT(System):
     """DiT + VAE. `classes` are names in the order of the label embedding, `dit` is the member of the family."""
 
+    defaults = dict(size=512, classes=KVASIR, dit="S/8", three_channels=False, steps=250, guidance=4.0)
     name = "dit-s8"
     parts = {
         "transformer": Part(lambda **c: DiT(DiTConfig(**c))),
@@ -77,11 +78,9 @@ class ClassDiT(System):
     text_fields, columns = ("labels",), (*CLASSES, *WORDS)
     dropout = 0.1  # of classes, for guidance
 
-    def __init__(self, found: Found, *, size: int = 512, classes: tuple[str, ...] = KVASIR, dit: str = "S/8",
-                 three_channels: bool = False, steps: int = 250, guidance: float = 4.0):  # fmt: skip
-        super().__init__(found)
-        self.size, self.classes, self.dit, self.three_channels = size, tuple(classes), dit, three_channels
-        self.steps, self.guidance, self.latent_shape = steps, guidance, self.latent_size(size, size)
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
+        self.classes, self.latent_shape = tuple(self.classes), self.latent_size(self.size, self.size)
         self.diffusion = Diffusion(spacing="unclip", variance="learned_range")
         if "vae" in self.shapes:
             self.stages = {"vae": ("vae",), **self.stages}

@@ -5,11 +5,10 @@
     noise (B, 4, 128, 128) --50 ancestral steps on v, guidance 5--> latents --VAE--> image (B, 3, 1024, 1024)
 
 `nanomed.load("hunyuan", weights=FOLDER)` reads v1.1 or v1.2 in the layout for diffusers, as the folder's own files say;
-v1.1 is told the image's size. `hunyuan-tiny` learns from nothing.
+v1.1 is told the image's size. miniatures/hunyuan.py learns from nothing.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,17 @@ from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import Reading, System, Weighting
+from nanomed.systems.base import Reading, System, Weighting, each_once
 from nanomed.systems.sizes import cropped, standard, standards
 from nanomed.text.bert import Bert, BertConfig, load_bert
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
 from nanomed.text.wordpiece import WordPiece, train_wordpiece
 
-TINY = dict(
-    transformer=dict(num_attention_heads=4, attention_head_dim=32, num_layers=4, sample_size=8, patch_size=1,
-                     text_len=48, text_len_t5=32, cross_attention_dim=64, cross_attention_dim_t5=64),
-    text_encoder=dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                      intermediate_size=128),
-    text_encoder_2=dict(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
-    vae=dict(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8), steps=25, guidance=3.0,
-)  # fmt: skip
-PRESETS = {"hunyuan": {}, "hunyuan-tiny": TINY}  # the first has all in its files
+PRESETS = {"hunyuan": {}}  # all in the files
 RECIPES = {
     "hunyuan": {"": dict(batch=1, precision="bf16", augment=False, views=1, rank=64),  # rank and alpha are Tencent's
                 "transformer": dict(steps=10_000, ema=0.0)},
-    "hunyuan-tiny": {
-        "": dict(data="toy:2000", augment=False, views=1, schedule="cosine"),
-        "vae": dict(steps=900, lr=3e-3, warmup=20, ema=0.0, save_every=450),
-        "base": dict(steps=1500, lr=2e-3, warmup=50, ema=0.99, dropout=0.1, places=0.3, places_first=300),
-        "transformer": dict(steps=100, batch=8, lr=3e-4, ema=0.0, rank=8, save_every=100)},
 }  # fmt: skip
 OPTIONS = (Weighting, Reading)  # of train.py for these presets
 DIFFUSION = Diffusion(0.00085, 0.018, "scaled_linear", "v", "leading", 1)  # of v1.2, where no file says it
@@ -56,8 +42,12 @@ MT5_XL = dict(vocab_size=250112, d_model=2048, d_ff=5120, num_heads=32)
 
 
 class Hunyuan(System):
-    """Transformer + BERT + mT5 + VAE. `size` is the side of images; None: the transformer's own."""
+    """Transformer + BERT + mT5 + VAE. Trained by MSE between v and the first half of the channels (base.py).
 
+    size   side of images; None: the transformer's own
+    """
+
+    defaults = dict(size=None, steps=50, guidance=5.0, snr_gamma=0.0)
     name = "hunyuan"
     parts = {
         "transformer": Part(lambda **c: HunyuanTransformer(HunyuanConfig(**c)), load_hunyuan),
@@ -70,9 +60,8 @@ class Hunyuan(System):
     stages, adapters = {"transformer": ("transformer",)}, {"transformer": lora.ATTENTION}
     text_fields = ("bert", "bert_mask", "t5", "t5_mask")
 
-    def __init__(self, found: Found, diffusion: Diffusion = DIFFUSION, *, size: int | None = None, steps: int = 50,
-                 guidance: float = 5.0, snr_gamma: float = 0.0):  # fmt: skip
-        super().__init__(found)
+    def __init__(self, found: Found, diffusion: Diffusion = DIFFUSION, **settings: Any):
+        super().__init__(found, **settings)
         c, vae = self.transformer.config, self.vae
         wanted = (c.cross_attention_dim, c.cross_attention_dim_t5, c.in_channels)
         there = (self.text_encoder.config.hidden_size, self.text_encoder_2.config.d_model, vae.config.latent_channels)
@@ -80,9 +69,8 @@ class Hunyuan(System):
             raise weights.WeightsError(f"a transformer for BERT, T5 and latents of {wanted} channels, not of {there}")
         if self.shapes:
             self.stages = {"vae": ("vae",), "base": ("transformer", "text_encoder", "text_encoder_2"), **self.stages}
-        self.size, self.diffusion = size or c.sample_size * vae.factor, diffusion
+        self.size, self.diffusion = self.size or c.sample_size * vae.factor, diffusion
         self.unit = 1 if c.sample_size == 128 else vae.factor * c.patch_size
-        self.steps, self.guidance, self.snr_gamma = steps, guidance, snr_gamma
         self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (c.text_len, wanted[0])
 
     @classmethod
@@ -103,34 +91,23 @@ class Hunyuan(System):
             return standards(self.size)
         return buckets.shapes(self.size, self.vae.factor * self.transformer.config.patch_size)
 
+    @each_once
     def encode_text(self, prompts: list[str]) -> Cond:
         """Of both readers the states, at padding too (T5's are pooled), and where there is text: {"bert": (B, 77, D),
         "bert_mask": bool (B, 77), "t5": (B, 256, E), "t5_mask": bool (B, 256)}. Each distinct prompt is read once."""
         lengths = {"": self.transformer.config.text_len, "_2": self.transformer.config.text_len_t5}
-
-        def encode(distinct: list[str]) -> Cond:
-            made: list[Tensor] = []
-            for which, length in lengths.items():
-                ids, mask = getattr(self, f"tokenizer{which}")(distinct, length=length)
-                device = self.weight(f"text_encoder{which}").device
-                made += [self.get_submodule(f"text_encoder{which}")(ids.to(device), mask.to(device)), mask]
-            return dict(zip(self.text_fields, made))
-
-        return self.each_once(prompts, encode)
+        made: list[Tensor] = []
+        for which, length in lengths.items():
+            ids, mask = getattr(self, f"tokenizer{which}")(prompts, length=length)
+            device = self.weight(f"text_encoder{which}").device
+            made += [self.get_submodule(f"text_encoder{which}")(ids.to(device), mask.to(device)), mask]
+        return dict(zip(self.text_fields, made))
 
     def read(self, text: Cond, height: int, width: int) -> Cond:
         states = {name: text[name] if name.endswith("mask") else text[name].to(self.dtype) for name in self.text_fields}
         if self.transformer.config.use_style_cond_and_image_meta_size:  # v1.1, in the published pipeline's precision
             states["sizes"] = self.transformer.sizes_of(height, width, len(states["t5"])).to(self.dtype)
         return self.transformer.read_text(**states)
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """The VAE's loss, or MSE between v and the first half of the transformer's channels."""
-        if stage == "vae":
-            return self.vae.loss(batch["image"])
-        x0 = self.latents(batch)
-        cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.noise_of(partial(self.transformer, **cond)), x0)}
 
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         made, c = super().example(stage, batch, device), self.transformer.config

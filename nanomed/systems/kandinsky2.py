@@ -4,7 +4,6 @@
     noise (B, 4, 32, 32) --150 steps of the U-Net on that embedding, guidance 4--> latents --MoVQ--> (B, 3, 256, 256)
 
     system = nanomed.load("kandinsky2", weights=DIR)      # DIR/kandinsky-2-2-prior and DIR/kandinsky-2-2-decoder
-    images = system.sample(["Generate an image containing a polyp."], noise)
 
 Stage "prior" learns which embeddings the images of a prompt have, stage "decoder" to draw images from theirs. Neither
 needs the other, so the paper tunes them in turns: decoder, ranks of the prior, ranks of the decoder.
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,10 @@ from nanomed.denoisers.kandinsky2 import DecoderUNet, PriorTransformer, load_dec
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Diffusion
-from nanomed.diffusion.samplers import Noise
 from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import System, Weighting
+from nanomed.systems.base import System, Weighting, each_once
 from nanomed.text import clip, clip_vision
-from nanomed.text.clip_vision import ClipVision, ClipVisionConfig
 from nanomed.text.tokenizers import ClipTokenizer
 
 PRIOR, DECODER = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"
@@ -59,12 +57,12 @@ class Kandinsky2(System):
     """Prior, decoder U-Net, MoVQ and the two towers of a CLIP.
 
     schedules   of the prior and of the decoder; no setting, because they stand in the published files
-    snr_gamma   min-SNR weighting of both losses; 0 = none
     released    train the prior as the released script does: on the decoder's noise schedule, with the weight of an
                 epsilon-prediction for what is an x_0-prediction
-    pad         images that are not square are padded with black, for CLIP's eye too, instead of cropped
     """
 
+    defaults = dict(size=256, steps=150, prior_steps=25, guidance=4.0, prior_guidance=4.0, snr_gamma=5.0,
+                    released=False, pad=True, dropout=0.0)  # fmt: skip
     name = "kandinsky2"
     parts = {
         "prior": Part(PriorTransformer, load_prior, source=PRIOR),
@@ -72,62 +70,52 @@ class Kandinsky2(System):
         "movq": Part(MoVQ, load_movq, source=DECODER),
         "text_encoder": Part(lambda **c: clip.ClipText(clip.ClipTextConfig(**c) if c else clip.BIG_G, projection=True),
                              partial(clip.load_clip_text, projection=True), TRANSFORMERS, PRIOR),
-        "image_encoder": Part(lambda **c: ClipVision(ClipVisionConfig(**c) if c else clip_vision.BIG_G),
+        "image_encoder": Part(lambda **c: clip_vision.ClipVision(clip_vision.ClipVisionConfig(**c) if c else
+                                                             clip_vision.BIG_G),
                               clip_vision.load_clip_vision, TRANSFORMERS, PRIOR),
     }  # fmt: skip
     tokenizers = {"tokenizer": (ClipTokenizer.from_folder, PRIOR)}
-    denoiser, autoencoder = "unet", "movq"
+    denoiser, autoencoder, image_field = "unet", "movq", "latents"
     stages = {"prior": ("prior",), "decoder": ("unet",)}
     adapters = {"prior": lora.ATTENTION, "unet": lora.ATTENTION}
+    adapter_folders = {"prior": "prior", "unet": "decoder"}
     text_fields = ("text_states", "text_embeds", "text_mask")
     trimmed = ("text_mask", "text_states")
     in_order = False
 
-    def __init__(self, found: Found, schedules: tuple[Diffusion, Diffusion] = SCHEDULES, *, size: int = 256,
-                 steps: int = 150, prior_steps: int = 25, guidance: float = 4.0, prior_guidance: float = 4.0,
-                 snr_gamma: float = 5.0, released: bool = False, pad: bool = True, dropout: float = 0.0):  # fmt: skip
-        super().__init__(found)
-        self.size, self.steps, self.prior_steps, self.pad, self.dropout = size, steps, prior_steps, pad, dropout
-        self.guidance, self.prior_guidance = guidance, prior_guidance
-        self.snr_gamma, self.released = snr_gamma, released
+    def __init__(self, found: Found, schedules: tuple[Diffusion, Diffusion] = SCHEDULES, **settings: Any):
+        super().__init__(found, **settings)
         self.prior_diffusion, self.diffusion = schedules
         self.nothing: Tensor | None = None  # the embedding of no image, in training
         self.text_shape = self.prior.num_embeddings, self.prior.embedding_dim
         self.unit = self.movq.factor**2
-        if size % self.unit:
-            raise UsageError(f"--size {size}: a multiple of {self.unit} for {self.name}")
-        self.latent_shape = (self.unet.in_channels, size // self.movq.factor, size // self.movq.factor)
+        if self.size % self.unit:
+            raise UsageError(f"--size {self.size}: a multiple of {self.unit} for {self.name}")
+        side = self.size // self.movq.factor
+        self.latent_shape = (self.unet.in_channels, side, side)
 
     @classmethod
     def stated(cls, place: Callable[..., Path]) -> dict:
         return {"schedules": tuple(Diffusion.from_json(place("scheduler", source)) for source in (PRIOR, DECODER))}
 
-    # ------------------------------------------------------------------------------------------------ conditions
-
+    @each_once
     def encode_text(self, prompts: list[str]) -> Cond:
         """What the prior reads: text_states (B, 77, E) after CLIP's last norm, text_embeds (B, E) pooled and projected,
         text_mask bool (B, 77). The tower itself is given no mask. Each distinct prompt is encoded once."""
-
-        def encode(distinct: list[str]) -> Cond:
-            device = self.weight("text_encoder").device
-            ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.prior.num_embeddings))
-            states = self.text_encoder.features(ids)
-            return {"text_states": states.last, "text_embeds": states.embeds, "text_mask": mask}
-
-        return self.each_once(prompts, encode)
-
-    # -------------------------------------------------------------------------------------------------- training
+        ids, mask = self.tokenizer(prompts, length=self.prior.num_embeddings)
+        states = self.text_encoder.features(ids.to(self.weight("text_encoder").device))
+        return {"text_states": states.last, "text_embeds": states.embeds, "text_mask": mask}
 
     def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            latents = {} if stage == "prior" else {"latents": self.movq.encode(images.to(self.weight("movq")))}
-            return latents | {"image_embeds": self.image_encoder.embed(images)}
+        """The prior needs images' embeddings and text, the decoder embeddings and latents."""
 
-        if not self.uses_text(stage):
-            return {}
+        def seen(images: Tensor) -> dict[str, Tensor]:
+            return {"image_embeds": self.image_encoder.embed(images)}
+
         if stage == "prior":
-            return {"image": ("image_encoder", encode), "text": ("text_encoder", self.encode_text)}
-        return {"image": ("image_encoder movq", encode)}
+            return {"image": ("image_encoder", seen), "text": ("text_encoder", self.encode_text)}
+        both = "image_encoder movq", lambda images: self.image_moments(images) | seen(images)
+        return {"image": both} if stage == "decoder" else {}
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """The prior's loss is on x_0, the standardised embedding; the decoder's on the noise in MoVQ's latents, with
@@ -136,28 +124,22 @@ class Kandinsky2(System):
         `batch` holds "image" and "prompt", or what `frozen` makes of them. Where a prompt was dropped, the decoder sees
         the embedding of no image.
         """
-        for kind, raw, made in (("image", "image", "image_embeds"), ("text", "prompt", "text_states")):
-            if made not in batch and kind in self.frozen(stage):
-                fields = self.frozen(stage)[kind][1](batch[raw])
-                batch = batch | {name: tensor.to(self.device) for name, tensor in fields.items()}
-        embeds = batch["image_embeds"].float()
+        if "image_embeds" not in batch:
+            batch = batch | self.frozen(stage)["image"][1](batch["image"])
+        embeds = batch["image_embeds"].to(self.device).float()
         if stage == "prior":
-            (cond,) = shortest(batch)
+            (cond,) = shortest(self.text(batch))
             x0 = self.prior.standardised(embeds).detach()
-            noising = self.diffusion if self.released else self.prior_diffusion
-            predict = partial(self._predict, self.prior, cond)
-            return {"loss": self.denoising_loss(predict, x0, says=self.prior_diffusion, noising=noising)}
+            says, predict = self.prior_diffusion, self.noise_of(partial(self.prior, **cond))
+            noising = self.diffusion if self.released else says
+            return {"loss": self.denoising_loss(predict, x0, says=says, noising=noising)}
         if "prompt" in batch:
             if self.nothing is None:  # every process asks in the same step: the tower may be in shares
                 self.nothing = self.image_encoder.embed_nothing().detach()
             dropped = torch.tensor([prompt == "" for prompt in batch["prompt"]]).to(embeds.device)
             embeds = torch.where(dropped[:, None], self.nothing.to(embeds), embeds)
-        predict = partial(self._predict, self.unet, {"image_embeds": embeds.to(self.dtype)})
-        return {"loss": self.denoising_loss(predict, batch["latents"].float())}
-
-    def _predict(self, network: Callable, cond: Cond, x: Tensor, t: Tensor) -> Tensor:
-        """Of as many channels as x has: a learned variance is left alone."""
-        return network(x.to(self.dtype), t, **cond)[:, : x.shape[1]]
+        predict = self.noise_of(partial(self.unet, image_embeds=embeds.to(self.dtype)))
+        return {"loss": self.denoising_loss(predict, self.latents(batch).float())}
 
     def trainable(self, stage: str) -> dict[str, torch.nn.Parameter]:
         if not self.shapes and not lora.adapted(self.get_submodule(self.stages[stage][0])):
@@ -168,16 +150,13 @@ class Kandinsky2(System):
     def example(self, stage: str, batch: int, device: torch.device) -> dict:
         if not self.uses_text(stage):
             return super().example(stage, batch, device)
-        width, length, side = self.prior.embedding_dim, self.prior.num_embeddings, self.size // self.movq.factor
-        shapes = {"image_embeds": (width,), "latents": (self.unet.in_channels, side, side)}
-        if stage == "prior":
-            shapes = {"image_embeds": (width,), "text_states": (length, width), "text_embeds": (width,)}
+        length, width = self.text_shape
+        shapes = {"image_embeds": (width,), "latents": self.latent_shape, "text_states": (length, width),
+                  "text_embeds": (width,)}  # fmt: skip
         made = {name: torch.randn(batch, *shape, device=device) for name, shape in shapes.items()}
-        return made | ({"text_mask": torch.ones(batch, length, device=device) > 0} if stage == "prior" else {})
+        return made | {"text_mask": torch.ones(batch, length, device=device) > 0}
 
-    # -------------------------------------------------------------------------------------------------- sampling
-
-    def sample(self, prompts: list[str], noise: Noise, steps: int | None = None, guidance: float | None = None,
+    def sample(self, prompts: list[str], noise: samplers.Noise, steps: int | None = None, guidance: float | None = None,
                negative_prompts: list[str] | None = None, height: int | None = None, width: int | None = None,
                prior_steps: int | None = None, prior_guidance: float | None = None) -> Tensor:  # fmt: skip
         """Draw one image for each prompt: (B, 3, height, width) in [0, 1], the sides rounded up to multiples of 64.
@@ -188,10 +167,10 @@ class Kandinsky2(System):
         first = self.prior_guidance if prior_guidance is None else prior_guidance
         second = self.guidance if guidance is None else guidance
         embeds = self.imagine(prompts, noise, prior_steps or self.prior_steps, first, negative_prompts)
-        latents = self.draw(*embeds, noise, steps or self.steps, second, height or self.size, width or self.size)
-        return self.to_unit(self.decode(latents))
+        size = height or self.size, width or self.size
+        return self.to_unit(self.decode(self.draw(embeds, size, noise, steps or self.steps, second)))
 
-    def imagine(self, prompts: list[str], noise: Noise, steps: int, guidance: float,
+    def imagine(self, prompts: list[str], noise: samplers.Noise, steps: int, guidance: float,
                 negative_prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The prior: embeddings (B, E) of prompts, and those to guide away from: imagined too, or that of no image."""
         texts, away, each = prompts, [""] * len(prompts), 1
@@ -209,16 +188,13 @@ class Kandinsky2(System):
         nothing = self.image_encoder.embed_nothing().to(x).expand(len(x), -1)
         return embeds[:, 0], embeds[:, 1] if negative_prompts else nothing
 
-    def draw(self, embeds: Tensor, null: Tensor, noise: Noise, steps: int, guidance: float, height: int,
-             width: int) -> Tensor:  # fmt: skip
-        """The decoder: latents (B, 4, h, w) of images that have the embeddings (B, E), guided away from `null`."""
-        factor, channels = self.movq.factor, self.unet.in_channels
-        height, width = (-(-side // factor**2) * factor for side in (height, width))
-        whole = guided(self.unet, {"image_embeds": embeds}, {"image_embeds": null}, guidance, channels)
-        learned = self.diffusion.variance == "learned_range"
-        x = noise.randn(channels, height, width).to(self.dtype)
-        denoise = whole if learned else lambda x, t: whole(x, t)[:, :channels]
+    def draw(self, embeds: tuple[Tensor, Tensor], size: tuple[int, int], noise: samplers.Noise, steps: int,
+             guidance: float) -> Tensor:  # fmt: skip
+        """The decoder: latents (B, 4, h, w) of images of a height and width in pixels, that have the first of two
+        embeddings (B, E) and are guided away from the second."""
+        height, width = (-(-side // self.unit) * self.movq.factor for side in size)
+        x = noise.randn(self.unet.in_channels, height, width).to(self.dtype)
+        cond, null = ({"image_embeds": each} for each in embeds)
+        whole = guided(self.unet, cond, null, guidance, self.unet.in_channels)
+        denoise = whole if self.diffusion.variance == "learned_range" else self.noise_of(whole)
         return samplers.ddpm(denoise, self.diffusion, x, steps, noise)
-
-    def adapter_folder(self, part: str) -> str:
-        return {"unet": "decoder"}.get(part, part)

@@ -9,21 +9,18 @@ Two things are unlike the other systems, and as published. No text is not "" but
 U-Net averages over all L places of a text, so an image depends on how long the longest prompt of its batch is.
 """
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nanomed.adapters import lora
 from nanomed.autoencoders.movq import MoVQ, load_movq
 from nanomed.denoisers.kandinsky3 import Kandinsky3Config, Kandinsky3UNet, load_kandinsky3, places
 from nanomed.diffusion.process import Cond
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import Weighting
+from nanomed.systems.base import Weighting, each_once
 from nanomed.systems.scheduled import Scheduled
 from nanomed.text.t5 import FLAN_UL2, T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
@@ -40,13 +37,14 @@ OPTIONS = (Weighting,)  # of train.py for these presets
 
 
 class Kandinsky3(Scheduled):
-    """U-Net, MoVQ and FLAN-UL2.
+    """U-Net, MoVQ and FLAN-UL2. Trained by MSE on the noise (base.py).
 
     length      tokens of a prompt, </s> included
     guidance    on the standard scale; published as 3, which is (3 + 1) text - 3 null
     pad         images that are not square are padded with black, instead of cropped
     """
 
+    defaults = dict(scheduler=SCHEDULER, size=256, length=128, steps=150, guidance=4.0, snr_gamma=5.0, pad=True)
     name = "kandinsky3"
     parts = {
         "unet": Part(lambda **shape: Kandinsky3UNet(Kandinsky3Config(**shape)), load_kandinsky3),
@@ -56,63 +54,52 @@ class Kandinsky3(Scheduled):
     }  # fmt: skip
     tokenizers = {"tokenizer": (T5Tokenizer.from_folder, "")}
     repository = "kandinsky-community/kandinsky-3"
-    autoencoder = "movq"
+    autoencoder, image_field = "movq", "latents"
     stages = {"unet": ("unet",)}
     adapters = {"unet": lora.ATTENTION}
     trimmed = ("attention_mask", "prompt_embeds")
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        scheduler: dict = SCHEDULER,
-        size: int = 256,
-        length: int = 128,
-        steps: int = 150,
-        guidance: float = 4.0,
-        snr_gamma: float = 5.0,
-        pad: bool = True,
-        **settings: Any,
-    ):
-        super().__init__(
-            found, scheduler=scheduler, steps=steps, guidance=guidance, snr_gamma=snr_gamma, **settings
-        )
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         needs = self.unet.config.encoder_hid_dim, self.unet.config.in_channels
         has = self.text_encoder.config.d_model, self.movq.latent_channels
         if needs != has:
             raise WeightsError(f"a U-Net for text and latents of {needs} channels beside T5 and MoVQ of {has}")
-        self.size, self.length, self.pad, self.unit = size, length, pad, 8 * self.movq.factor
-        self.latent_shape, self.text_shape = self.latent_size(size, size), (length, needs[0])
+        self.unit = 8 * self.movq.factor
+        self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (self.length, needs[0])
 
     @classmethod
     def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
         return {"tokenizer": train_unigram(["An endoscopic image of a polyp."], 100)}
 
+    @each_once
     def encode_text(self, prompts: list[str]) -> Cond:
         """{"prompt_embeds": (B, 128, 4096), zero at padding, "attention_mask": bool (B, 128)}. Each distinct prompt is
         encoded once."""
-
-        def encode(distinct: list[str]) -> Cond:
-            ids, mask = self.tokenizer(distinct, length=self.length)
-            return {"prompt_embeds": self.text_encoder.trimmed(ids, mask), "attention_mask": mask}
-
-        return self.each_once(prompts, encode)
+        ids, mask = self.tokenizer(prompts, length=self.length)
+        return {"prompt_embeds": self.text_encoder.trimmed(ids, mask), "attention_mask": mask}
 
     def states(self, prompts: list[str]) -> Cond:
         """In training a dropped prompt is what guidance will lead away from."""
         text, said = self.encode_text(prompts), torch.tensor([prompt != "" for prompt in prompts]).to(self.device)
         return {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in text.items()}
 
-    def read(self, text: Cond, places: int) -> Cond:
-        """What the U-Net is called with, the same in every step: all that it makes of so many places of the text, with
-        padding behind them where there is more."""
-        states, mask = text["prompt_embeds"][:, :places].to(self.dtype), text["attention_mask"][:, :places]
-        behind = places - mask.shape[1]
-        return self.unet.read_text(F.pad(states, (0, 0, 0, behind)), F.pad(mask, (0, behind)))
+    def text(self, batch: dict) -> Cond:
+        text = super().text(batch)
+        return self.cut(text, self.places(text))
+
+    def read(self, text: Cond, height: int, width: int) -> Cond:
+        return self.unet.read_text(text["prompt_embeds"].to(self.dtype), text["attention_mask"])
 
     def places(self, text: Cond) -> int:
         """Those that texts are cut to, which are read together."""
         return places(text["attention_mask"], self.length)
+
+    def cut(self, text: Cond, count: int) -> Cond:
+        """So many places of a text, with padding behind them where there are more."""
+        behind = count - text["attention_mask"].shape[1]  # of less than none, `pad` cuts
+        return {"prompt_embeds": F.pad(text["prompt_embeds"], (0, 0, 0, behind)),
+                "attention_mask": F.pad(text["attention_mask"], (0, behind))}  # fmt: skip
 
     def conditions(
         self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
@@ -121,27 +108,8 @@ class Kandinsky3(Scheduled):
         text = self.encode_text(prompts)
         nothing = {name: torch.zeros_like(value) for name, value in text.items()}
         away = self.encode_text(negative_prompts) if negative_prompts else nothing
-        return self.read(text, self.places(text)), self.read(away, self.places(text))
-
-    def frozen(self, stage: str) -> dict[str, tuple[str, Callable]]:
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            return {"latents": self.movq.encode(images.to(self.weight("movq"))).float()}
-
-        found = super().frozen(stage)
-        return found and found | {"image": ("movq", encode)}
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """MSE between the noise and what the U-Net says of it. `batch` holds "image" or its cached "latents", and
-        "prompt" or its cached states."""
-        if "latents" not in batch:
-            batch = batch | self.frozen(stage)["image"][1](batch["image"])
-        text = self.text(batch)
-        predict = partial(self.unet, **self.read(text, self.places(text)))
-        return {"loss": self.denoising_loss(self.noise_of(predict), batch["latents"].to(self.device))}
-
-    def example(self, stage: str, batch: int, device: torch.device) -> dict:
-        found = super().example(stage, batch, device)
-        return found | {"latents": torch.randn(batch, *self.latent_shape, device=device)}
+        cond, null = (self.read(self.cut(each, self.places(text)), height, width) for each in (text, away))
+        return cond, null
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(4, height / 8, width / 8) of a size in pixels, the latents' sides rounded up to the U-Net's multiples of 8.

@@ -1,7 +1,7 @@
 """Med-Art (Guo et al. 2025): PixArt-alpha fine-tuned on medical images with adapters on the transformer and on T5, and
 with HLDF, a loss on the colours of finished images.
 
-    loss = |noise - predicted noise|^2                                    in every step (eq. 3, pixart.py)
+    loss = |noise - predicted noise|^2                                    in every step (eq. 3, base.py)
          + 1/M [colours of an image drawn in M steps - colours of data]^2   in every N-th step (eq. 4 and 5, hldf.py)
 
 miniatures/medart.py makes what the paper finds published, an autoencoder and a base model, in minutes on a CPU.
@@ -59,27 +59,16 @@ class MedArt(PixArt):
     text_adapter   kind of T5's adapter where it is not the transformer's, as "dora"; "none" leaves T5 as it is
     """
 
+    defaults = dict(hldf_every=500, hldf_steps=20, hldf_last=None, hldf_keep=0, hldf_channels="sum", text_adapter="")
     name = "medart"
     # The released script also names proj_in and T5's wi, which nothing is called: what is listed is what takes effect.
     adapters = PixArt.adapters | {"text_encoder": ("q", "k", "v", "o", "wo")}
     jitter = False
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        hldf_every: int = 500,
-        hldf_steps: int = 20,
-        hldf_last: int | None = None,
-        hldf_keep: int = 0,
-        hldf_channels: str = "sum",
-        text_adapter: str = "",
-        **settings: Any,
-    ):
+    def __init__(self, found: Found, **settings: Any):
         super().__init__(found, **settings)
-        self.hldf_every, self.hldf_steps, self.hldf_last, self.hldf_keep = hldf_every, hldf_steps, hldf_last, hldf_keep
-        self.hldf_channels, self.text_adapter = hldf_channels, text_adapter
-        self.stages = {"adapters": ("transformer",) if text_adapter == "none" else ("transformer", "text_encoder")}
+        tuned = ("transformer",) if self.text_adapter == "none" else ("transformer", "text_encoder")
+        self.stages = {"adapters": tuned}
         self.colour: Tensor | None = None  # the last colour loss, for the log
 
     # ------------------------------------------------------------------------------------------------ training
@@ -105,9 +94,8 @@ class MedArt(PixArt):
         prompts = batch["prompt"]
         cond, null = self.conditions(prompts, None, self.size, self.size)
         params = [param for param in self.transformer.parameters() if param.requires_grad]
-        denoise = hldf.recomputed(
-            self.transformer, cond, null, self.guidance, params, self.hldf_steps, self.hldf_keep, self.hldf_last
-        )
+        calls = hldf.Calls(self.hldf_steps, self.hldf_keep, self.hldf_last)
+        denoise = hldf.recomputed(self.transformer, cond, null, self.guidance, params, calls)
         noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
         images = self.decode(self.draw(denoise, noise, self.hldf_steps))
         targets = batch["colours"] if "colours" in batch else hldf.colours(batch["image"])

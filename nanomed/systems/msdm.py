@@ -27,7 +27,7 @@ from nanomed.diffusion.guidance import guided, self_conditioned
 from nanomed.diffusion.process import Cond, Diffusion
 from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part, read_config
-from nanomed.systems.base import Reading, System, Weighting
+from nanomed.systems.base import Reading, System, Weighting, each_once
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
 from nanomed.text.tokenizers import ClipTokenizer
 
@@ -55,6 +55,8 @@ class MSDM(System):
               default maps [-1, 1] to [0, 1] and clamps
     """
 
+    defaults = dict(size=256, text_length=64, latent_scale=1.0, self_conditioning=True, prediction="epsilon",
+                    loss="l1", snr_gamma=0.0, sampler="msdm", steps=150, guidance=4.5, minmax=False)  # fmt: skip
     name = "msdm"
     parts = {
         "text_encoder": Part(lambda **c: ClipText(ClipTextConfig(**c)), load_clip_text, TRANSFORMERS, CLIP_L, ""),
@@ -66,30 +68,29 @@ class MSDM(System):
     chunks = True
     dropout = 0.2  # "context dropout", drawn for each sample by the data loader
 
-    def __init__(self, found: Found, *, size: int = 256, text_length: int = 64, latent_scale: float = 1.0,
-                 self_conditioning: bool = True, prediction: str = "epsilon", sampler: str = "msdm", steps: int = 150,
-                 guidance: float = 4.5, minmax: bool = False, snr_gamma: float = 0.0, loss: str = "l1"):  # fmt: skip
-        super().__init__(found)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        self.size, self.sampler, self.steps, self.guidance, self.minmax = size, sampler, steps, guidance, minmax
-        self.snr_gamma, self.loss, self.text_length, self.prediction = snr_gamma, loss, text_length, prediction
-        self.self_conditioning, self.vae.scale = self_conditioning, latent_scale
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         self.unit = 4 << len(self.vae.encoders)
-        if size % self.unit:
-            raise UsageError(f"--size {size}: a multiple of {self.unit} for {self.name}")
-        side = size >> len(self.vae.encoders)
-        self.text_shape = text_length, self.text_encoder.config.hidden_size
+        if self.size % self.unit:
+            raise UsageError(f"--size {self.size}: a multiple of {self.unit} for {self.name}")
+        side = self.size >> len(self.vae.encoders)
+        self.text_shape = self.text_length, self.text_encoder.config.hidden_size
         self.latent_shape = (self.vae.inc_dec.block_seq[0].conv_res.in_channels, side, side)
         learns = "text_encoder" in self.shapes
         self.stages = {"vae": ("vae",), "unet": ("unet", "text_encoder") if learns else ("unet",)}
-        self.diffusion = Diffusion(0.002, 0.02, "scaled_linear", prediction, spacing="msdm")
+        self.diffusion = Diffusion(0.002, 0.02, "scaled_linear", self.prediction, spacing="msdm")
         self._perceptual: list[VGGDistance] = []  # one, where VGG16's file is at hand; in a list, so it is no part
 
     @property
     def latent_scale(self) -> float:
         """1 / standard deviation of the latents, once `finish` has measured it."""
         return self.vae.scale
+
+    @latent_scale.setter
+    def latent_scale(self, scale: float) -> None:
+        self.vae.scale = scale
 
     @classmethod
     def new_tokenizers(cls, shapes: dict[str, dict], weights_folder: str | Path | None) -> dict[str, Any]:
@@ -116,25 +117,22 @@ class MSDM(System):
 
     # ------------------------------------------------------------------------------------------------ training
 
+    @each_once
     def encode_text(self, prompts: list[str]) -> Cond:
         """CLIP's last hidden states of the prompts padded to 64 tokens; each distinct prompt is encoded once.
 
         The null condition is the same thing for "". The padding stays, because the U-Net's text pooling reads it.
         """
-
-        def encode(distinct: list[str]) -> Cond:
-            device = self.weight("text_encoder").device
-            if self.pieces == 1:
-                ids, mask = (tensor.to(device) for tensor in self.tokenizer(distinct, length=self.text_length))
-                return {"prompt_embeds": self.text_encoder(ids, mask), "attention_mask": mask}  # (distinct, 64, 768)
-            pieces = self.tokenizer.in_pieces(distinct, self.text_length, self.pieces)
-            ids, mask = (tensor.to(device) for tensor in pieces)  # (distinct, n, 64)
-            states = self.text_encoder(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, mask.shape[:2])
-            empty = mask.sum(2, keepdim=True) == 2  # behind the prompt's end: nothing is to be read there
-            empty[:, 0] = False
-            return {"prompt_embeds": states.flatten(1, 2), "attention_mask": (mask & ~empty).flatten(1, 2)}
-
-        return self.each_once(prompts, encode)
+        device = self.weight("text_encoder").device
+        if self.pieces == 1:
+            ids, mask = (tensor.to(device) for tensor in self.tokenizer(prompts, length=self.text_length))
+            return {"prompt_embeds": self.text_encoder(ids, mask), "attention_mask": mask}  # (B, 64, 768)
+        pieces = self.tokenizer.in_pieces(prompts, self.text_length, self.pieces)
+        ids, mask = (tensor.to(device) for tensor in pieces)  # (B, n, 64)
+        states = self.text_encoder(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, mask.shape[:2])
+        empty = mask.sum(2, keepdim=True) == 2  # behind the prompt's end: nothing is to be read there
+        empty[:, 0] = False
+        return {"prompt_embeds": states.flatten(1, 2), "attention_mask": (mask & ~empty).flatten(1, 2)}
 
     def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
         """The VAE's loss, or L1 between the noise and the U-Net's prediction of it (paper, section 4.2).
@@ -173,7 +171,7 @@ class MSDM(System):
 
     def resume(self, stage: str, folder: str | Path) -> None:
         super().resume(stage, folder)
-        self.vae.scale = read_config(folder)["latent_scale"]
+        self.latent_scale = read_config(folder)["latent_scale"]
 
     # ------------------------------------------------------------------------------------------------ sampling
 

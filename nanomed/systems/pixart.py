@@ -12,7 +12,6 @@ load alike. Med-Art (medart.py) is a fine-tuning recipe of this system.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
 from nanomed.diffusion.process import Cond, Denoise, Diffusion
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import System, Weighting
+from nanomed.systems.base import System, Weighting, each_once
 from nanomed.systems.sizes import SIDES, binned, cropped, trained
 from nanomed.text.t5 import T5Config, T5Encoder, load_t5
 from nanomed.text.unigram import T5Tokenizer, train_unigram
@@ -46,14 +45,16 @@ OPTIONS = (Weighting,)  # of train.py for these presets
 
 
 class PixArt(System):
-    """Transformer + T5 + VAE.
+    """Transformer + T5 + VAE. Trained by MSE between the noise and the first half of the channels (base.py; eq. 3 of
+    Med-Art).
 
-    scheduler  settings of its DPM-Solver++, in the words of a scheduler_config.json; None: PixArt's
+    scheduler  settings of its DPM-Solver++ where they are not PixArt's, in the words of a scheduler_config.json
     size       side of the images that it trains on and draws; None: the side that its positions are made for
     length     tokens of a prompt, </s> included
     snr_gamma  min-SNR weighting of the training loss; 0 = none
     """
 
+    defaults = dict(scheduler={}, size=None, length=120, steps=20, guidance=4.5, snr_gamma=0.0)
     name = "pixart"
     parts = {
         "transformer": Part(lambda **shape: PixArtTransformer(PixArtConfig(**shape)), load_pixart),
@@ -67,28 +68,16 @@ class PixArt(System):
     adapters = {"transformer": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj", "proj_out",
                                 "linear", "linear_1", "linear_2")}  # fmt: skip  # of diffusers' and Med-Art's scripts
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        scheduler: dict | None = None,
-        size: int | None = None,
-        length: int = 120,
-        steps: int = 20,
-        guidance: float = 4.5,
-        snr_gamma: float = 0.0,
-    ):
-        super().__init__(found)
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         c, text, vae = self.transformer.config, self.text_encoder.config, self.vae.config
         if (c.caption_channels, c.in_channels) != (text.d_model, vae.latent_channels):
             raise WeightsError(f"a transformer for text and latents of {(c.caption_channels, c.in_channels)} channels "
                                f"beside T5 and VAE of {(text.d_model, vae.latent_channels)}")  # fmt: skip
-        self.scheduler = scheduler or {}
         self.diffusion = Diffusion.from_settings({"_class_name": SOLVER} | self.scheduler, "scheduler")
-        self.size = size or c.sample_size * self.vae.factor
-        self.length, self.steps, self.guidance, self.snr_gamma = length, steps, guidance, snr_gamma
+        self.size = self.size or c.sample_size * self.vae.factor
         self.unit = 1 if c.sample_size in SIDES else self.vae.factor * c.patch_size
-        self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (length, c.caption_channels)
+        self.latent_shape, self.text_shape = self.latent_size(self.size, self.size), (self.length, c.caption_channels)
 
     @classmethod
     def stated(cls, place: Callable[[str], Path]) -> dict:
@@ -118,14 +107,11 @@ class PixArt(System):
     def lengths(self, prompts: list[str]) -> list[int]:
         return self.tokenizer.lengths([prompt.lower().strip() for prompt in prompts])
 
+    @each_once
     def states(self, prompts: list[str]) -> Cond:
         """As `encode_text`, of the prompts word for word: so they are in training, in the published scripts too."""
-
-        def encode(distinct: list[str]) -> Cond:
-            ids, mask = self.tokenizer(distinct, length=self.length)
-            return {"prompt_embeds": self.text_encoder.trimmed(ids, mask), "attention_mask": mask}  # (distinct, 120, D)
-
-        return self.each_once(prompts, encode)
+        ids, mask = self.tokenizer(prompts, length=self.length)
+        return {"prompt_embeds": self.text_encoder.trimmed(ids, mask), "attention_mask": mask}  # (B, 120, D)
 
     def read(self, text: Cond, height: int, width: int) -> Cond:
         """What the transformer is called with for images of a size in pixels: keys and values of all blocks, and the
@@ -137,17 +123,6 @@ class PixArt(System):
             cond["resolution"] = torch.tensor([[float(height), float(width)]] * rows, device=mask.device)
             cond["aspect_ratio"] = torch.tensor([[height / width]] * rows, device=mask.device)
         return cond
-
-    # ------------------------------------------------------------------------------------------------ training
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """MSE between the noise and the first half of the transformer's channels (eq. 3 of Med-Art).
-
-        `batch` holds "image" or its cached "moments", and "prompt" or its cached "prompt_embeds", "attention_mask".
-        """
-        x0 = self.latents(batch)
-        cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.noise_of(partial(self.transformer, **cond)), x0)}
 
     # ------------------------------------------------------------------------------------------------ sampling
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from nanomed.diffusion import samplers
 from nanomed.diffusion.guidance import guided
-from nanomed.diffusion.process import Cond
 from nanomed.systems.assembly import Found
 from nanomed.systems.base import System
 
@@ -20,37 +20,17 @@ class Scheduled(System):
     guidance   on the standard scale, 1 = none
     """
 
+    defaults = dict(dropout=0.0, snr_gamma=0.0)
     denoiser = "unet"
     own_sampler = False
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        scheduler: dict,
-        steps: int,
-        guidance: float,
-        dropout: float = 0.0,
-        snr_gamma: float = 0.0,
-    ):
-        super().__init__(found)
-        self.scheduler = dict(scheduler)
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         self.diffusion, _ = samplers.chosen(self.scheduler, "scheduler")
-        self.steps, self.guidance, self.dropout, self.snr_gamma = steps, guidance, dropout, snr_gamma
 
     @classmethod
     def stated(cls, place: Callable[[str], Path]) -> dict:
         return {"scheduler": samplers.read_scheduler(place("scheduler"))}
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of the latents of an image of a size in pixels."""
-        raise NotImplementedError
-
-    def conditions(
-        self, prompts: list[str], negative_prompts: list[str] | None, height: int, width: int
-    ) -> tuple[Cond, Cond]:
-        """The two conditions of guidance, as the U-Net takes them: of the prompts, and what it leads away from."""
-        raise NotImplementedError
 
     def sample(
         self,

@@ -12,19 +12,15 @@ Every shape, the noise and the sampler are read from the folder's own files. SDX
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-from torch import Tensor
 
 from nanomed.adapters import lora
 from nanomed.autoencoders.kl import AutoencoderKL, KLConfig, load_kl
 from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiffusionUNet, load_stable_diffusion
 from nanomed.diffusion.process import Cond
-from nanomed.run.flags import UsageError
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
-from nanomed.systems.base import Weighting
+from nanomed.systems.base import Weighting, each_once
 from nanomed.systems.scheduled import Scheduled
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
 from nanomed.text.tokenizers import ClipTokenizer, train_bpe
@@ -55,12 +51,13 @@ OPTIONS = (Options, Weighting)  # of train.py for these presets
 
 
 class StableDiffusion(Scheduled):
-    """U-Net + VAE + CLIP.
+    """U-Net + VAE + CLIP. Trained by MSE on the noise, or on v (base.py).
 
     size          side of the images that it trains on and draws; None: the side that the U-Net is made for
     text_adapter  kind of the text encoders' adapters; "" as the U-Net's, "none": they do not train
     """
 
+    defaults = dict(scheduler=SCHEDULER, size=None, steps=50, guidance=7.5, text_adapter="none")
     name = "sd15"
     parts = {
         "unet": Part(lambda **shape: StableDiffusionUNet(StableDiffusionConfig(**shape)), load_stable_diffusion),
@@ -73,25 +70,14 @@ class StableDiffusion(Scheduled):
     texts: tuple[str, ...] = ("text_encoder",)
     text_fields: tuple[str, ...] = ("prompt_embeds",)
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        scheduler: dict = SCHEDULER,
-        size: int | None = None,
-        steps: int = 50,
-        guidance: float = 7.5,
-        text_adapter: str = "none",
-        **settings: Any,
-    ):
-        super().__init__(found, scheduler=scheduler, steps=steps, guidance=guidance, **settings)
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         c, vae = self.unet.config, self.vae.config
         needs, has = (c.cross_attention_dim, c.in_channels), (self.text_width(), vae.latent_channels)
         if needs != has or c.in_channels != c.out_channels:
             raise WeightsError(f"a U-Net for text and latents of {needs} channels beside CLIP and VAE of {has}")
-        self.size, self.unit = size or c.sample_size * self.vae.factor, self.vae.factor
-        self.text_adapter = text_adapter
-        self.stages = {"unet": ("unet",) if text_adapter == "none" else ("unet", *self.texts)}
+        self.size, self.unit = self.size or c.sample_size * self.vae.factor, self.vae.factor
+        self.stages = {"unet": ("unet",) if self.text_adapter == "none" else ("unet", *self.texts)}
         self.latent_shape = self.latent_size(self.size, self.size)
         self.text_shape = (self.text_encoder.config.max_position_embeddings, c.cross_attention_dim)
 
@@ -103,15 +89,12 @@ class StableDiffusion(Scheduled):
         """Channels of the states that the U-Net is given."""
         return self.text_encoder.config.hidden_size
 
+    @each_once
     def encode_text(self, prompts: list[str]) -> Cond:
         """{"prompt_embeds": (B, 77, D)} after CLIP's last norm; rows of padding are read, too. Each distinct prompt is
         encoded once."""
-
-        def encode(distinct: list[str]) -> Cond:
-            ids, _ = self.tokenizer(distinct, length=self.text_shape[0])
-            return {"prompt_embeds": self.text_encoder(ids.to(self.weight("text_encoder").device))}
-
-        return self.each_once(prompts, encode)
+        ids, _ = self.tokenizer(prompts, length=self.text_shape[0])
+        return {"prompt_embeds": self.text_encoder(ids.to(self.weight("text_encoder").device))}
 
     def no_text(self, prompts: list[str]) -> Cond:
         """What guidance leads away from where nothing is said: "", as often as there are prompts."""
@@ -126,20 +109,6 @@ class StableDiffusion(Scheduled):
     ) -> tuple[Cond, Cond]:
         away = self.encode_text(negative_prompts) if negative_prompts else self.no_text(prompts)
         return self.read(self.encode_text(prompts), height, width), self.read(away, height, width)
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        """MSE between what the U-Net says and the noise, or v. `batch` holds "image" or its cached "moments", and
-        "prompt" or its cached states."""
-        x0 = self.latents(batch)
-        cond = self.read(self.text(batch), *(side * self.vae.factor for side in x0.shape[2:]))
-        return {"loss": self.denoising_loss(self.noise_of(partial(self.unet, **cond)), x0)}
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """(4, height / 8, width / 8) of a size in pixels."""
-        factor = self.vae.factor
-        if height % factor or width % factor:
-            raise UsageError(f"{height} x {width}: sides must be multiples of {factor}")
-        return self.unet.config.in_channels, height // factor, width // factor
 
 
 class StableDiffusion14(StableDiffusion):

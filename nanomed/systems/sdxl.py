@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from nanomed.denoisers.stable_diffusion import StableDiffusionConfig, StableDiff
 from nanomed.diffusion.process import Cond
 from nanomed.systems import sd
 from nanomed.systems.assembly import TRANSFORMERS, Found, Part
+from nanomed.systems.base import each_once
 from nanomed.systems.sd import StableDiffusion
 from nanomed.text import clip
 from nanomed.text.clip import ClipText, ClipTextConfig, load_clip_text
@@ -55,6 +57,7 @@ class SDXL(StableDiffusion):
                 model_index.json says so. Training drops prompts to "" in either case, as the published scripts do
     """
 
+    defaults = dict(scheduler=SCHEDULER, guidance=5.0, zero_null=True)
     name = "sdxl"
     parts = {
         "unet": Part(lambda **c: StableDiffusionUNet(StableDiffusionConfig(**c or UNET)),
@@ -70,17 +73,8 @@ class SDXL(StableDiffusion):
     texts = ("text_encoder", "text_encoder_2")
     text_fields = ("prompt_embeds", "text_embeds")
 
-    def __init__(
-        self,
-        found: Found,
-        *,
-        scheduler: dict = SCHEDULER,
-        guidance: float = 5.0,
-        zero_null: bool = True,
-        **settings,
-    ):
-        super().__init__(found, scheduler=scheduler, guidance=guidance, **settings)
-        self.zero_null = zero_null
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         c, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
         needs, made = c.projection_class_embeddings_input_dim, pooled + 6 * (c.addition_time_embed_dim or 0)
         if made != needs:
@@ -95,19 +89,16 @@ class SDXL(StableDiffusion):
     def text_width(self) -> int:
         return self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
 
+    @each_once
     def encode_text(self, prompts: list[str]) -> Cond:
         """{"prompt_embeds": (B, 77, 2048), both CLIPs' states before their last layers, "text_embeds": (B, 1280), the
         second one's pooled text}."""
-
-        def encode(distinct: list[str]) -> Cond:
-            seen = []
-            for tokenizer, name in ((self.tokenizer, "text_encoder"), (self.tokenizer_2, "text_encoder_2")):
-                ids, _ = tokenizer(distinct, length=self.text_shape[0])
-                seen.append(self.get_submodule(name).features(ids.to(self.weight(name).device)))
-            states = torch.cat([s.penultimate.to(self.device) for s in seen], dim=-1)
-            return {"prompt_embeds": states, "text_embeds": seen[1].embeds}
-
-        return self.each_once(prompts, encode)
+        seen = []
+        for tokenizer, name in ((self.tokenizer, "text_encoder"), (self.tokenizer_2, "text_encoder_2")):
+            ids, _ = tokenizer(prompts, length=self.text_shape[0])
+            seen.append(self.get_submodule(name).features(ids.to(self.weight(name).device)))
+        states = torch.cat([s.penultimate.to(self.device) for s in seen], dim=-1)
+        return {"prompt_embeds": states, "text_embeds": seen[1].embeds}
 
     def no_text(self, prompts: list[str]) -> Cond:
         null = super().no_text(prompts)

@@ -25,6 +25,8 @@ from nanomed.tables.steps import TABLES, TRAININGS, How
 
 @dataclass
 class Config:
+    """Flags of `list` and `run`."""
+
     verb: Annotated[str, "list | run"] = ""  # what to do
     table: tuple[str, ...] = ()  # their names; run takes "all" with --tiny
     # ---- what is run
@@ -47,6 +49,7 @@ class Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
     config = flags.parse(Config, arguments, description=__doc__, words=("verb", "table"))
     if config.verb == "list":
         return listed(config)

@@ -65,6 +65,7 @@ class Step:
 
 
 def table_of(name: str) -> Table:
+    """The table of a name; UsageError for a name of none."""
     if name not in TABLES:
         raise UsageError(f"table {name}: choose {', '.join(TABLES)}")
     return TABLES[name]
@@ -120,12 +121,14 @@ def upon(name: str, how: How) -> str:
 
 
 def prompts(table: Table, row: Row, how: How) -> Step:
+    """Write the set-up's prompts."""
     folder = how.out / "prompts" / _setting(table, row, how)
     words = ("--paper", table.setup, *_against(table, row, how), "--seed", str(how.seed), "--out", str(folder))
     return Step("prompts", folder.name, "evaluate.py", (*words, *_cache(how)), folder, "prompts.csv")
 
 
 def drawing(table: Table, row: Row, how: How, run: Path | str) -> Step:
+    """Draw the prompts from a run, or from what is published."""
     folder = how.out / "drawn" / _setting(table, row, how) / row.training
     draw = (*DRAWN_TOY, *(word for word in row.draw if word == "--minmax")) if how.tiny else row.draw
     words = ("--model", str(run), "--prompts", str(prompts(table, row, how).folder / "prompts.csv"), *draw,
@@ -134,6 +137,7 @@ def drawing(table: Table, row: Row, how: How, run: Path | str) -> Step:
 
 
 def measuring(table: Table, row: Row, how: How) -> Step:
+    """Measure what a row has drawn."""
     folder, fake = how.out / table.name / row.name, drawing(table, row, how, "").folder
     real = ("--real", _official(table, how)) if table.official else ("--paper", table.setup, *_against(table, row, how))
     words = (*real, "--fake", str(fake), *_filled(table.tiny_measure if how.tiny else table.measure, how), *row.measure,

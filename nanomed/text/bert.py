@@ -66,6 +66,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Of every token to all that the mask shows, before the projection."""
+
     def __init__(self, c: BertConfig):
         super().__init__()
         self.heads = c.num_attention_heads
@@ -94,6 +96,8 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
+    """With the projection, the sum and the norm behind it."""
+
     def __init__(self, c: BertConfig):
         super().__init__()
         self.self = SelfAttention(c)
@@ -104,6 +108,8 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
+    """The wide half of the feed-forward network."""
+
     def __init__(self, c: BertConfig):
         super().__init__()
         self.dense = nn.Linear(c.hidden_size, c.intermediate_size)
@@ -127,6 +133,8 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
+    """The layers, under the name of the published file."""
+
     def __init__(self, c: BertConfig):
         super().__init__()
         self.layer = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))

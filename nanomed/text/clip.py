@@ -79,6 +79,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with an activation between them."""
+
     def __init__(self, width: int, inner: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
         self.activation = activation
@@ -107,12 +109,16 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, of text or of images."""
+
     def __init__(self, layers: int, width: int, heads: int, inner: int, act: str, eps: float):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads, inner, act, eps) for _ in range(layers))
 
 
 class TextEmbeddings(nn.Module):
+    """Tokens and places to vectors."""
+
     def __init__(self, config: ClipTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -123,6 +129,8 @@ class TextEmbeddings(nn.Module):
 
 
 class TextModel(nn.Module):
+    """All of the tower but the projection."""
+
     def __init__(self, c: ClipTextConfig):
         super().__init__()
         self.embeddings = TextEmbeddings(c)

@@ -50,6 +50,8 @@ BIG_G = ClipVisionConfig(
 
 
 class VisionEmbeddings(nn.Module):
+    """The class token and patches to vectors, with their places."""
+
     def __init__(self, c: ClipVisionConfig):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(c.hidden_size))
@@ -64,6 +66,8 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
+    """All of the tower but the projection."""
+
     def __init__(self, c: ClipVisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(c)
@@ -74,6 +78,8 @@ class VisionModel(nn.Module):
 
 
 class ImageStates(NamedTuple):
+    """What the tower knows of images."""
+
     last: Tensor  # (B, 1 + N, D) after the last layer, without a LayerNorm
     penultimate: Tensor  # (B, 1 + N, D) before the last layer
     pooled: Tensor  # (B, D) the class token after `post_layernorm`

@@ -127,6 +127,8 @@ class DenseReluDense(nn.Module):
 
 
 class AttentionLayer(nn.Module):
+    """Attention and the norm before it."""
+
     def __init__(self, c: T5Config, relative: bool):
         super().__init__()
         self.SelfAttention = SelfAttention(c, relative)
@@ -134,6 +136,8 @@ class AttentionLayer(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
+    """The feed-forward network and the norm before it."""
+
     def __init__(self, c: T5Config):
         super().__init__()
         self.DenseReluDense = DenseReluDense(c)
@@ -156,6 +160,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
+    """The blocks and the last norm."""
+
     def __init__(self, c: T5Config):
         super().__init__()
         self.block = nn.ModuleList(Block(c, relative=i == 0) for i in range(c.num_layers))

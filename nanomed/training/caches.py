@@ -9,7 +9,7 @@ from nanomed import weights
 from nanomed.data.buckets import Shape
 from nanomed.data.images import to_unit
 from nanomed.data.table import Table
-from nanomed.run.cache import Columns, cached
+from nanomed.run.cache import Cache, Columns
 from nanomed.run.progress import progress
 from nanomed.run.ranks import Ranks
 from nanomed.training.batches import Batches, ByShape, Kept, Samples, View, framed, pixels, views
@@ -96,7 +96,7 @@ def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks
             "jitter": how.jitter, "pad": system.pad, "seed": how.seed,
         }  # fmt: skip
         key = key | ({"pad": False, "shape": shape} if shape else {})
-        return cached(cache, key, len(numbers) * len(looks), make, 32, ranks, str(key["fields"]))
+        return Cache(cache, ranks).read(key, len(numbers) * len(looks), make, what=str(key["fields"]))
 
     if not how.shapes:
         return columns(range(len(table.rows)), None)
@@ -120,4 +120,4 @@ def _texts(cache: str, system, frozen: tuple, prompts: list[str], ranks: Ranks) 
     key = {"fields": f"{parts} of prompts", "weights": networks, "prompts": prompts}
     if system.pieces > 1:
         key["pieces"] = system.pieces
-    return cached(cache, key, len(prompts), make, 32, ranks, str(key["fields"]))
+    return Cache(cache, ranks).read(key, len(prompts), make, what=str(key["fields"]))

@@ -50,4 +50,5 @@ class Log:
         self.resting(step)
 
     def close(self) -> None:
+        """End the bar."""
         self.bar.close()

@@ -31,6 +31,7 @@ class Descent:
         self.skipped = torch.zeros(3, device=device)  # steps: in all, in a row now, the most in a row since asked
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, scaled where float16 asks for it."""
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float, clip: float) -> tuple[Tensor, int]:
@@ -149,6 +150,7 @@ class EMA:
         self.average = {name: p.detach().clone() for name, p in params.items()}
 
     def update(self) -> None:
+        """Move the averages towards the parameters: fast at first, then by `decay`."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - decay)

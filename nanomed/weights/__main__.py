@@ -21,12 +21,15 @@ from nanomed.weights.tensors import kept_inside, read_pickle
 
 @dataclass
 class Config:
+    """Flags of `list`, `check` and `verify`."""
+
     verb: Annotated[str, "list | check | verify"] = ""  # what to do
     names: tuple[str, ...] = ()  # repositories or paths; none: all of the catalogue that is here
     weights: str = ""  # a folder of weights, besides weights/ and the Hugging Face cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
     args = flags.parse(Config, arguments, description=__doc__, words=("verb", "names"))
     say = sys.stdout.write
     here: dict[str, Path] = {}

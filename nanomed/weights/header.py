@@ -125,6 +125,7 @@ def _judge(raw: bytes, body: int) -> dict[str, Entry]:
 
 
 def no_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object for `object_pairs_hook`; ValueError for a name that stands twice in it."""
     table = dict(pairs)
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]

@@ -19,6 +19,7 @@ class Published(NamedTuple):
 
     @property
     def download(self) -> str:
+        """The command that gets it."""
         if self.url:
             return f"curl -L --create-dirs -o weights/{self.repo} {self.url}"
         include = "".join(f' --include "{pattern}"' for pattern in self.include)

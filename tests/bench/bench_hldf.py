@@ -76,7 +76,7 @@ class Event:
         with torch.set_grad_enabled(gradient):
             null, cond = (self.net.read_text(states, self.mask) for states in self.states)
             if recomputed:
-                arguments = (cond, null, 4.5, self.params, self.steps, keep, last)
+                arguments = (cond, null, 4.5, self.params, hldf.Calls(self.steps, keep, last))
                 denoise = hldf.recomputed(self.epsilon, *arguments)
             else:
                 denoise = whole = guided(self.epsilon, cond, null, 4.5)

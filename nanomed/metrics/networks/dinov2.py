@@ -84,6 +84,8 @@ class Embeddings(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A factor for each channel."""
+
     def __init__(self, width: int):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.ones(width))
@@ -93,6 +95,8 @@ class LayerScale(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with the exact GELU between them."""
+
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
@@ -120,6 +124,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, under the name of the published file."""
+
     def __init__(self, c: Dinov2Config):
         super().__init__()
         self.layer = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))

@@ -69,6 +69,8 @@ class VitConfig:
 
 
 class PatchEmbeddings(nn.Module):
+    """Patches to tokens."""
+
     def __init__(self, c: VitConfig):
         super().__init__()
         self.projection = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, c.patch_size)
@@ -92,6 +94,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Of every token to all, before the projection."""
+
     def __init__(self, c: VitConfig):
         super().__init__()
         self.heads = c.num_attention_heads
@@ -117,6 +121,8 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
+    """With the projection behind it."""
+
     def __init__(self, c: VitConfig):
         super().__init__()
         self.attention = SelfAttention(c)
@@ -143,6 +149,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, under the name of the published file."""
+
     def __init__(self, c: VitConfig):
         super().__init__()
         self.layer = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))

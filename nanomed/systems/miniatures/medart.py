@@ -6,8 +6,6 @@ import string
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from nanomed.data import grammar
 from nanomed.diffusion.process import Cond
 from nanomed.systems import medart
@@ -54,11 +52,6 @@ class MedArtTiny(MedArt):
     def states(self, prompts: list[str]) -> Cond:
         """In small letters: what learns to read here learns it as it is asked in `encode_text`."""
         return super().states([prompt.lower() for prompt in prompts])
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        if stage == "vae":
-            return self.vae.loss(batch["image"])
-        return super().forward(batch, stage, step)
 
 
 def tiny_tokenizer(pieces: int) -> T5Tokenizer:

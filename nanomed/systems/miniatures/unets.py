@@ -67,9 +67,10 @@ class SDTiny(StableDiffusion):
     """Stable Diffusion in small, all its parts fresh. Its words are those shipped with the tiny MSDM."""
 
     name = "sd-tiny"
+    defaults = dict(text_adapter="")
 
-    def __init__(self, found: Found, *, text_adapter: str = "", **settings: Any):
-        super().__init__(found, text_adapter=text_adapter, **settings)
+    def __init__(self, found: Found, **settings: Any):
+        super().__init__(found, **settings)
         self.stages = {"vae": ("vae",)} | self.stages
 
     @classmethod
@@ -79,11 +80,6 @@ class SDTiny(StableDiffusion):
     @classmethod
     def complete(cls, shapes: dict[str, dict], tokenizers: dict[str, Any], settings: dict) -> dict[str, dict]:
         return shapes | {"text_encoder": shapes["text_encoder"] | {"vocab_size": len(tokenizers["tokenizer"])}}
-
-    def forward(self, batch: dict, stage: str, step: int) -> dict[str, Tensor]:
-        if stage == "vae":
-            return self.vae.loss(batch["image"])
-        return super().forward(batch, stage, step)
 
 
 class Kandinsky3Tiny(Kandinsky3):
