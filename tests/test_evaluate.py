@@ -932,6 +932,21 @@ def test_a_sigma_that_is_no_covariance_is_refused(tmp_path, mu, sigma, said):
     assert "allow_pickle" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", ["full", "few samples", "float32", "one", "none"])
+def test_the_factor_of_a_file_gives_its_covariance_back(tmp_path, kind):
+    """To 1e-12 of the largest entry, whatever its rank; of one that was kept in float32, where variances of 0 have
+    become rounding of either sign, to that rounding. Lower triangular where it is square, as distances take it."""
+    draw = np.random.default_rng(1)
+    sigma = np.cov(draw.normal(size=({"full": 90, "one": 2}.get(kind, 20), 30)) * np.arange(1, 31), rowvar=False)
+    sigma = sigma.astype(np.float32) if kind == "float32" else sigma * (kind != "none")
+    np.savez(tmp_path / "x.npz", mu=np.zeros(30), sigma=sigma)
+    factor = statistics.read(tmp_path / "x.npz").factor
+    close = 3e-7 if kind == "float32" else 1e-12
+    assert np.abs((factor @ factor.T).numpy() - sigma).max() <= close * np.abs(sigma).max()
+    assert factor.shape[1] == {"full": 30, "few samples": 19, "one": 1, "none": 0}.get(kind, factor.shape[1])
+    assert factor.shape[1] < 30 or not factor.triu(1).any()
+
+
 def test_statistics_do_not_say_their_protocol_and_join_with_nothing(run, folders, network, tmp_path, capsys):
     with torch.inference_mode():
         features, _ = inception_features(inception.load(network), arrays(folders / "real"))

@@ -392,12 +392,12 @@ def _to_statistics(network: Extractor, found: dict, fake: ImageSet, known: Stati
     if settings.protocol == ORGANISERS:
         raise ValueError(f"the protocol {ORGANISERS} is of class probabilities, and needs the real images")
     features = found[fake.hashes]["features"].to(device)
-    mean, covariance = known.mean.to(device), known.covariance.to(device)
+    mean, factor = known.mean.to(device), known.factor.to(device)
     protocol = f"{network.name}, {network.protocol}"
     if known.of and known.of != cached_as(network):
         raise ValueError(f"holds features of {known.of}, and those of the images are of {cached_as(network)}")
     label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
-    return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network,
+    return {label: entries.frechet_to_statistics(features, mean, factor, protocol, network.network,
                                                  settings.intervals, settings.seed)}  # fmt: skip
 
 

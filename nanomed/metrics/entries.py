@@ -189,18 +189,15 @@ class Measured:
 
 
 def frechet_to_statistics(
-    fake: Tensor, mean: Tensor, covariance: Tensor, protocol: str, network: str, sure: bool = True, seed: int = 0
+    fake: Tensor, mean: Tensor, factor: Tensor, protocol: str, network: str, sure: bool = True, seed: int = 0
 ) -> dict:
-    """The entry of a Frechet distance to a mean (D,) and covariance (D, D) that a file holds: without a floor, and with
-    an interval that knows the generated images only."""
-
-    def value(features: Tensor) -> float:
-        return scores.frechet_to_moments(features, mean, covariance)
-
+    """The entry of a Frechet distance to a mean (D,) and a covariance F F^T, F (D, r), that a file holds: without a
+    floor, and with an interval that knows the generated images only."""
+    distance, rows = scores.distances_to_moments(fake, mean, factor), torch.arange(len(fake))
     how = {"protocol": f"{protocol}, to statistics", "n_real": 0, "n_fake": len(fake), "network": network}
-    entry = {"value": value(fake)} | how | small(len(fake), biased=True)
+    entry = {"value": distance(rows)} | how | small(len(fake), biased=True)
     if sure and len(fake) >= 2 * GROUPS:
-        ends = uncertainty.interval(value, fake, groups=GROUPS, seed=seed)
+        ends = uncertainty.interval(distance, rows, groups=GROUPS, seed=seed)
         entry |= interval(ends, f"{jackknife(GROUPS)}, the real statistics as they are")
     return entry
 

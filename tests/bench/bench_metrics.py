@@ -1,7 +1,7 @@
 """The evaluation suite against its peers, interleaved in one run: medians, ratios, extra memory.
 
     python tests/bench/bench_metrics.py                          all of it; about ten minutes on two cores
-    python tests/bench/bench_metrics.py --only frechet,kid       frechet | kid | pr | inception | uncertainty
+    python tests/bench/bench_metrics.py --only frechet,kid       frechet | kid | pr | inception | uncertainty | statistics
     python tests/bench/bench_metrics.py --small                  seconds: does it run
     python tests/bench/bench_metrics.py --only large             precision, recall and KID of 50,000 x 50,000 alone
 
@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets torchvision import beside a CPU build of torch)
 from test_protocols import pictures, random_inception  # noqa: E402
 
-from nanomed.metrics import scores, uncertainty  # noqa: E402
+from nanomed.metrics import entries, scores, uncertainty  # noqa: E402
 from nanomed.metrics.networks import inception  # noqa: E402
 
 WIDTH = 2048
@@ -99,6 +100,32 @@ def frechet(width: int, repeats: int) -> None:
         ways["torchmetrics (eigvals)"] = lambda m=moments: _compute_fid(*m).item()
         ways["pytorch-fid (scipy sqrtm)"] = lambda m=arrays: float(calculate_frechet_distance(*m))
         interleaved(f"Frechet distance, {width} dimensions, N = {n}", ways, repeats)
+
+
+def to_statistics(width: int, repeats: int) -> None:
+    """What `--real FILE.npz` costs against `--real FOLDER` of the images that the file is of: reading the file, then
+    the distance of N generated images, fewer than dimensions, to M real ones, then the same with its interval."""
+    from nanomed.evaluation import statistics as of_files
+
+    n, counts = width // 4, (width // 4, width, 5 * width)
+    a, everything = gaussian(n, width, 0), gaussian(counts[-1], width, 1, 1.05)
+    known, ways, sure = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for m in counts:
+            b, file = everything[:m], f"{folder}/{m}.npz"
+            mean, covariance = scores.moments(b)
+            np.savez(file, mu=mean.numpy(), sigma=covariance.numpy())
+            start = time.process_time()
+            known[m] = of_files.read(file)
+            print(f"read and checked, of {m} images: {time.process_time() - start:.3f} s CPU")
+            ways[f"to moments of {m}"] = lambda m=m: scores.frechet_to_moments(a, known[m].mean, known[m].factor)
+            ways[f"from features of {m}"] = lambda b=b: scores.frechet_distance(a, b)
+            sure[f"to moments of {m}"] = lambda m=m: entries.frechet_to_statistics(
+                a, known[m].mean, known[m].factor, "", "")["interval"]["high"]  # fmt: skip
+            if m < counts[-1]:
+                sure[f"from features of {m}"] = lambda b=b: uncertainty.frechet_interval(a, b)[1]
+        interleaved(f"Frechet distance to statistics, {width} dimensions, N = {n}", ways, repeats)
+        interleaved("the same with intervals", sure, repeats)
 
 
 def kid(n: int, width: int, subsets: int, size: int, repeats: int) -> None:
@@ -196,7 +223,7 @@ def sure(n: int, width: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="frechet,kid,pr,inception,uncertainty")
+    parser.add_argument("--only", default="frechet,statistics,kid,pr,inception,uncertainty")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -205,6 +232,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     rows = {
         "frechet": lambda: frechet(width, args.repeats),
+        "statistics": lambda: to_statistics(width, args.repeats),
         "kid": lambda: kid(200 if args.small else 2000, width, 100, 100 if args.small else 1000, args.repeats),
         "pr": lambda: precision_recall(n, width, args.repeats),
         "inception": lambda: network(2 if args.small else 16, args.repeats + 2),
