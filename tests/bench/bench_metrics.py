@@ -1,7 +1,8 @@
 """The evaluation suite against its peers, interleaved in one run: medians, ratios, extra memory.
 
     python tests/bench/bench_metrics.py                          all of it; about ten minutes on two cores
-    python tests/bench/bench_metrics.py --only frechet,kid       frechet | kid | pr | inception | uncertainty | statistics
+    python tests/bench/bench_metrics.py --only frechet,kid       frechet | statistics | kid | pr | inception | frd | cmmd |
+                                                                 uncertainty
     python tests/bench/bench_metrics.py --small                  seconds: does it run
     python tests/bench/bench_metrics.py --only large             precision, recall and KID of 50,000 x 50,000 alone
 
@@ -26,7 +27,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets torchvision import beside a CPU build of torch)
 from test_protocols import pictures, random_inception  # noqa: E402
 
-from nanomed.metrics import entries, scores, uncertainty  # noqa: E402
+from nanomed.data import toy  # noqa: E402
+from nanomed.metrics import entries, frd, scores, uncertainty  # noqa: E402
 from nanomed.metrics.networks import inception  # noqa: E402
 
 WIDTH = 2048
@@ -187,6 +189,28 @@ def large(n: int, width: int) -> None:
         print(f"{name:>34} {seconds:9.1f} s {extra:8.3f} GB extra   {value}", flush=True)
 
 
+def radiomic(count: int, repeats: int) -> None:
+    """Toy scenes of 256 pixels to the features of FRD v1 and v0; a core's seconds."""
+    images, rates = [toy.render(toy.scene(i), 256) for i in range(count)], []
+    for _ in range(repeats):
+        start = time.process_time()
+        for image in images:
+            frd.features(image)
+        rates.append(count / (time.process_time() - start))
+    print(f"\nFRD: {statistics.median(rates):.1f} images a second a core, median of {repeats} turns of {count}")
+
+
+def cmmd_in_tiles(n: int) -> None:
+    """CMMD of n x n embeddings with its interval and floor: what memory it takes besides the embeddings."""
+    extra, seconds, value = peak(_cmmd, n, 768)
+    print(f"\nCMMD of {n} x {n}, interval and floor: {seconds:.1f} s, {extra:.3f} GB extra   {value}")
+
+
+def _cmmd(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    found = entries.Measured(real, fake, "", "").cmmd()["CMMD"]
+    return found["value"], found.get("interval", {}).get("high", 0.0)
+
+
 def network(batch: int, repeats: int) -> None:
     """pytorch-fid's network and ours with the same random weights and inputs."""
     peer = random_inception()
@@ -223,7 +247,7 @@ def sure(n: int, width: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="frechet,statistics,kid,pr,inception,uncertainty")
+    parser.add_argument("--only", default="frechet,statistics,kid,pr,inception,frd,uncertainty")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -236,6 +260,8 @@ def main() -> None:
         "kid": lambda: kid(200 if args.small else 2000, width, 100, 100 if args.small else 1000, args.repeats),
         "pr": lambda: precision_recall(n, width, args.repeats),
         "inception": lambda: network(2 if args.small else 16, args.repeats + 2),
+        "frd": lambda: radiomic(2 if args.small else 50, args.repeats),
+        "cmmd": lambda: cmmd_in_tiles(500 if args.small else 50_000),
         "uncertainty": lambda: sure(200 if args.small else 2000, width),
         "large": lambda: large(500 if args.small else 50_000, width),
     }
