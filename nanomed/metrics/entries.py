@@ -79,9 +79,9 @@ class Measured:
         """CMMD of CLIP embeddings."""
         entry = self._entry(scores.cmmd(self.real, self.fake), "RBF sigma 10, times 1000", biased=True)
         if self.sure and self.n >= 2 * KID_GROUPS:
-            kernel, sides = scores.gaussian_kernel, (scores.unit(self.real), scores.unit(self.fake))
-            low, high = uncertainty.kernel_interval(*sides, KID_GROUPS, seed=self.seed, kernel=kernel, biased=True)
-            del sides  # the floor makes its own
+            low, high = uncertainty.kernel_interval(
+                self.real, self.fake, KID_GROUPS, seed=self.seed, kernel=scores.gaussian_kernel, biased=True
+            )
             entry |= interval((max(1000 * low, 0.0), 1000 * high), jackknife(KID_GROUPS))
         return {"CMMD": entry | self._floor(scores.cmmd)}
 

@@ -1,8 +1,8 @@
 """The evaluation suite against its peers, interleaved in one run: medians, ratios, extra memory.
 
     python tests/bench/bench_metrics.py                          all of it; about ten minutes on two cores
-    python tests/bench/bench_metrics.py --only frechet,kid       frechet | statistics | kid | pr | inception | frd | cmmd |
-                                                                 uncertainty
+    python tests/bench/bench_metrics.py --only frechet,kid       frechet | statistics | kid | pr | inception | frd |
+                                                                 cmmd | uncertainty
     python tests/bench/bench_metrics.py --small                  seconds: does it run
     python tests/bench/bench_metrics.py --only large             precision, recall and KID of 50,000 x 50,000 alone
 
