@@ -88,7 +88,7 @@ def main() -> None:
         except FileNotFoundError as error:  # of the network that it starts from
             if "classify" in asked:
                 raise
-            outcome.lacking["classify"] = str(error)
+            outcome.lacking["classify"] = measuring.download(error)
     print(reports.publish(outcome, config.out))
 
 

@@ -709,6 +709,11 @@ def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys)
     lines = "\n".join(said)
     assert "kfd: mmuratarat/kvasir-v2-classifier is missing; get it with: hf download mmuratarat/kvasir" in lines
     assert "faithfulness: needs the prompts" in lines and "classify: needs the class of every image" in lines
+    for name, needs, repository in (("clip", "prompts", "openai/clip-vit-base-patch32"),
+                                    ("biomedclip", "prompts", "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_"),
+                                    ("classify", "class", "google/vit-base-patch16-224-in21k")):  # fmt: skip
+        (line,) = [line for line in said if line.startswith(f"not measured: {name}: ")]  # both that are missing
+        assert needs in line and f"; and {repository}" in line and f"get it with: hf download {repository}" in line
     named = {name.strip() for line in said for name in line.removeprefix("not measured: ").split(": ")[0].split(",")}
     measured = {name for name in measuring.METRICS if name not in named}
     assert measured == {"fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi", "memorisation", "colour",
@@ -833,6 +838,12 @@ def test_k_is_the_count_of_neighbours_of_precision_and_recall(run, folders, netw
 def test_names_of_folders_that_say_the_contrary_are_named(real, fake, said):
     found = imagesets.exchanged(real, fake)
     assert found == (f"{said}: are --real and --fake exchanged?" if said else "")
+
+
+def test_an_evaluation_says_that_folders_sound_exchanged(run, folders, tmp_path, capsys):
+    shutil.copytree(folders / "fake", tmp_path / "generated")
+    run("--real", tmp_path / "generated", "--fake", folders / "other", "--metrics", "colour", "--intervals", "no")
+    assert "note: generated does not sound real: are --real and --fake exchanged?" in capsys.readouterr().out
 
 
 def test_damaged_statistics_are_refused_by_name(run, folders, tmp_path):

@@ -22,7 +22,7 @@ from nanomed.evaluation.store import Extractor, Store, cached_as
 from nanomed.metrics import downstream, entries, medvqa, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
-from nanomed.metrics.networks import vit
+from nanomed.metrics.networks import biomedclip, vit
 from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.progress import Progress, progress, working
 from nanomed.run.ranks import ALONE, Ranks
@@ -281,13 +281,25 @@ def _possible(name: str, sets: Sets, asked: Sequence[str], settings, notes: list
         if without:
             reason = f"needs the class of every image, and {without[0]} has none: class folders, or a column label"
     if reason and lacking is not None:
-        lacking[name] = reason
+        lacking[name] = reason + _file_too(name, settings)
         return False
     if reason and name in asked:
         raise DataError(f"--metrics {name} {reason}")
     if reason and name in OF_INCEPTION:
         notes.append(f"{name} is left out: it {reason}")
     return not reason
+
+
+def _file_too(name: str, settings: Settings) -> str:
+    """What a metric of prompts or classes lacks besides these: its network's file, where that is missing, too."""
+    files = {"clip": extractors.CLIP_SCORE, "biomedclip": biomedclip.REPOSITORY,
+             "classify": settings.classifier or vit.BACKBONE}  # fmt: skip
+    try:
+        if name in files and files[name] != "tiny":
+            weights.find(files[name], settings.weights or None)
+    except weights.WeightsNotFound as error:
+        return f"; and {download(error)}"
+    return ""
 
 
 def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str], lacking) -> dict[str, Extractor]:
@@ -325,11 +337,11 @@ def _networks(wanted, asked, toy_world: bool, settings, device, notes: list[str]
             except weights.WeightsNotFound as error:
                 if lacking is None:
                     raise
-                lacking[name] = _download(error)
+                lacking[name] = download(error)
     return found
 
 
-def _download(error: weights.WeightsNotFound) -> str:
+def download(error: Exception) -> str:
     """What is missing and the command that gets it, without the places that were looked at."""
     said = re.fullmatch(r"(\S+) was not found at .*; get it with: (.*)", str(error), re.DOTALL)
     return f"{said[1]} is missing; get it with: {said[2]}" if said else str(error)
