@@ -163,6 +163,8 @@ def factor_of(covariance: Tensor) -> Tensor:
         rows, pivots, rank, _ = lapack.dpstrf(covariance.cpu().numpy(), lower=1)
         factor = torch.zeros(len(covariance), rank, dtype=torch.float64)
         factor[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(rows[:, :rank]).tril()
+        if rank == len(covariance):  # it was rounding that failed: of full rank, whose rows the pivots have exchanged
+            factor = torch.linalg.qr(factor.T).R.T
         factor = factor.to(covariance.device)
     return factor
 
