@@ -88,7 +88,7 @@ def main() -> None:
         except FileNotFoundError as error:  # of the network that it starts from
             if "classify" in asked:
                 raise
-            outcome.lacking["classify"] = str(error)
+            outcome.lacking["classify"] = measuring.download(error)
     print(reports.publish(outcome, config.out))
 
 
@@ -163,14 +163,7 @@ def find_sets(config: Config):
         distinct = [images for spec, images in found.items() if spec != "toy"]
         train = imagesets.union("real", distinct) if len(distinct) > 1 else distinct[0] if distinct else None
     toy_world = any(spec.startswith("toy") for spec in found)
-    notes = [
-        f"{spec} holds the manifest.jsonl of sample.py, which lies beside generated images: "
-        + ("are these real?" if imagesets.drawn_here(folder) else "are --real and --fake exchanged?")
-        for spec in found
-        if imagesets.drawn_here(spec)
-    ]
-    notes = notes or [said for spec in found if (said := imagesets.exchanged(spec, config.fake))]
-    notes = notes or [said for images in found.values() for said in imagesets.exchanged_names(images, fake)]
+    notes = imagesets.suspicions(found, config.fake, fake)
     return measuring.Sets(reals, fake, train, bool(config.train), toy_world, notes=notes, statistics=known)
 
 

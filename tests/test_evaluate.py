@@ -709,6 +709,11 @@ def test_all_measures_what_it_can_and_says_what_is_missing(run, folders, capsys)
     lines = "\n".join(said)
     assert "kfd: mmuratarat/kvasir-v2-classifier is missing; get it with: hf download mmuratarat/kvasir" in lines
     assert "faithfulness: needs the prompts" in lines and "classify: needs the class of every image" in lines
+    for name, needs, repository in (("clip", "prompts", "openai/clip-vit-base-patch32"),
+                                    ("biomedclip", "prompts", "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_"),
+                                    ("classify", "class", "google/vit-base-patch16-224-in21k")):  # fmt: skip
+        (line,) = [line for line in said if line.startswith(f"not measured: {name}: ")]  # both that are missing
+        assert needs in line and f"; and {repository}" in line and f"get it with: hf download {repository}" in line
     named = {name.strip() for line in said for name in line.removeprefix("not measured: ").split(": ")[0].split(",")}
     measured = {name for name in measuring.METRICS if name not in named}
     assert measured == {"fid", "kid", "is", "pr", "dc", "fbeta", "authenticity", "vendi", "memorisation", "colour",
@@ -835,6 +840,12 @@ def test_names_of_folders_that_say_the_contrary_are_named(real, fake, said):
     assert found == (f"{said}: are --real and --fake exchanged?" if said else "")
 
 
+def test_an_evaluation_says_that_folders_sound_exchanged(run, folders, tmp_path, capsys):
+    shutil.copytree(folders / "fake", tmp_path / "generated")
+    run("--real", tmp_path / "generated", "--fake", folders / "other", "--metrics", "colour", "--intervals", "no")
+    assert "note: generated does not sound real: are --real and --fake exchanged?" in capsys.readouterr().out
+
+
 def test_damaged_statistics_are_refused_by_name(run, folders, tmp_path):
     def refused(match: str, **tables) -> None:
         file = tmp_path / "bad.npz"
@@ -930,6 +941,21 @@ def test_a_sigma_that_is_no_covariance_is_refused(tmp_path, mu, sigma, said):
     with pytest.raises(DataError, match=said) as refused:
         statistics.read(tmp_path / "x.npz")
     assert "allow_pickle" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "few samples", "float32", "one", "none"])
+def test_the_factor_of_a_file_gives_its_covariance_back(tmp_path, kind):
+    """To 1e-12 of the largest entry, whatever its rank; of one that was kept in float32, where variances of 0 have
+    become rounding of either sign, to that rounding. Lower triangular where it is square, as distances take it."""
+    draw = np.random.default_rng(1)
+    sigma = np.cov(draw.normal(size=({"full": 90, "one": 2}.get(kind, 20), 30)) * np.arange(1, 31), rowvar=False)
+    sigma = sigma.astype(np.float32) if kind == "float32" else sigma * (kind != "none")
+    np.savez(tmp_path / "x.npz", mu=np.zeros(30), sigma=sigma)
+    factor = statistics.read(tmp_path / "x.npz").factor
+    close = 3e-7 if kind == "float32" else 1e-12
+    assert np.abs((factor @ factor.T).numpy() - sigma).max() <= close * np.abs(sigma).max()
+    assert factor.shape[1] == {"full": 30, "few samples": 19, "one": 1, "none": 0}.get(kind, factor.shape[1])
+    assert factor.shape[1] < 30 or not factor.triu(1).any()
 
 
 def test_statistics_do_not_say_their_protocol_and_join_with_nothing(run, folders, network, tmp_path, capsys):

@@ -14,6 +14,7 @@ import time
 import types
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -168,6 +169,14 @@ def test_what_a_refusal_says(there, capsys, monkeypatch):
     }.items():
         words = ["--model", "msdm-tiny", *TRAIN, *words.split()]
         assert called(train.main, words, capsys, monkeypatch) == (2, f"command.py: {told}\n")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has /proc")
+def test_a_place_that_takes_no_files_is_refused_with_its_flag_before_anything_is_measured():
+    """Whoever runs it: to root, /proc looks as if it could be written to."""
+    for kind in ("folder", "file"):
+        with pytest.raises(UsageError, match="^--out /proc/nope/x: /proc cannot be written to$"):
+            flags.converted("--out", "/proc/nope/x", Annotated[str, f"a {kind} to write"])
 
 
 @pytest.mark.parametrize("limits, inside, outside", [

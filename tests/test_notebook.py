@@ -85,6 +85,9 @@ def test_evaluate_gives_what_results_json_holds(pictures, tmp_path, monkeypatch)
     of_lists = nanomed.evaluate(pictures["real"], pictures["fake"], metrics="colour")
     assert of_folders == written and of_lists == written and len(written) > 3
     assert json.loads(json.dumps(of_lists)) == written
+    exchanged = nanomed.evaluate("fake", "real", metrics="colour", intervals=False)  # their names say the contrary
+    assert "fake does not sound real: are --real and --fake exchanged?" in exchanged.notes
+    assert not [note for note in (*of_folders.notes, *of_lists.notes) if "exchanged" in note]
 
 
 def test_results_are_a_table_in_print_and_in_jupyter(pictures, tmp_path, monkeypatch):

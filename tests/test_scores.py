@@ -93,14 +93,26 @@ def test_moments_on_one_side_or_both_give_the_distance_of_features(n, m, d):
     a, b = sets(n, m, d)
     value = scores.frechet_distance(a.double(), b.double())
     (ma, ca), (mb, cb) = scores.moments(a), scores.moments(b)
-    assert scores.frechet_to_moments(a, mb, cb) == pytest.approx(value, rel=1e-6)
-    assert scores.frechet_to_moments(b, ma, ca) == pytest.approx(value, rel=1e-6)
+    assert scores.frechet_to_moments(a, mb, scores.factor_of(cb)) == pytest.approx(value, rel=1e-6)
+    assert scores.frechet_to_moments(b, ma, scores.factor_of(ca)) == pytest.approx(value, rel=1e-6)
     assert scores.frechet_from_moments(ma, ca, mb, cb) == pytest.approx(value, rel=1e-6)
     assert scores.frechet_from_moments(mb, cb, ma, ca) == pytest.approx(value, rel=1e-6)
     rank = min(n - 1, d)
-    factor = scores._factor(ca)
+    factor = scores.factor_of(ca)
     assert factor.shape == (d, rank)
     close(factor @ factor.T, ca, 1e-12)
+
+
+def test_a_covariance_that_only_pivots_take_apart_is_a_triangle_too(monkeypatch):
+    """Of full rank, but so near to less that rounding stops Cholesky; pivots reach the end, in another order."""
+    a, b = sets(200, 90, 64)
+    covariance, expected = scores.moments(a)[1], scores.frechet_distance(b, a)
+    plain = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x: (plain(x)[0], torch.tensor(1)))
+    factor = scores.factor_of(covariance)
+    assert factor.shape == (64, 64) and not factor.triu(1).any()
+    close(factor @ factor.T, covariance, 1e-12)
+    assert scores.frechet_to_moments(b, a.double().mean(0), factor) == pytest.approx(expected, rel=1e-6)
 
 
 def test_moments_of_few_samples_cost_no_more_than_their_features():
@@ -120,6 +132,19 @@ def test_moments_of_few_samples_cost_no_more_than_their_features():
 
     from_moments = seconds(lambda: scores.frechet_from_moments(ma, ca, mb, cb))
     assert from_moments < seconds(lambda: torch.linalg.eigvalsh(ca)) / 2
+
+
+@pytest.mark.parametrize("n, m, d", [(60, 40, 128), (40, 90, 128), (60, 300, 128), (140, 300, 128), (140, 50, 128)])
+def test_distances_of_some_rows_are_those_of_these_rows_alone(n, m, d):
+    """Of all rows and without some, against the distance of features, whichever side has more of them: to 1e-9 where
+    the interval of a distance to statistics was 11 distances of their own."""
+    a, b = (x.double() for x in sets(n, m, d))
+    mean, factor = scores.mean_and_factor(b)
+    distance = scores.distances_to_moments(a, mean, factor)
+    for rows in (torch.arange(n), torch.arange(n)[::3], torch.arange(5, n), torch.tensor([7, 2])):
+        assert distance(rows) == pytest.approx(scores.frechet_distance(a[rows], b), rel=1e-9)
+    far = scores.distances_to_moments(a + 1e3, mean + 1e3, factor)  # a mean far off changes nothing
+    assert far(torch.arange(5, n)) == pytest.approx(distance(torch.arange(5, n)), rel=1e-6)
 
 
 def test_statistics_of_another_network_are_refused():

@@ -283,8 +283,8 @@ def page(found: Mapping, side: int) -> str:
         f"{SIGNS['monotone']} moves the right way with every strength, {SIGNS['right']} the right way but not at every "
         f"strength, {SIGNS['wrong']} the wrong way or there and back, {SIGNS['still']} within the interval of "
         f"undamaged images. Beside it: from how many images on the interval of strength {MIDDLE} is clear of the "
-        f"undamaged value (among {', '.join(map(str, found['counts']))}); a dash: at none of them. Above "
-        f"each damage: a picture of strength 4."
+        f"undamaged value at that number, which is the floor: no generator is better than fresh scenes (among "
+        f"{', '.join(map(str, found['counts']))}); a dash: at none of them. Above each damage: a picture of strength 4."
     )
     return webpage.page(
         "Which number to believe",

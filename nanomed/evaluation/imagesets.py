@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -375,6 +375,20 @@ def _of_file(digest: str) -> str:
 
 _GENERATED = re.compile(r"(?<![a-z])(fakes?|generated|synthetic|synth|samples?|drawn)(?![a-z])", re.IGNORECASE)
 _REAL = re.compile(r"(?<![a-z])(reals?|originals?|reference|ground.?truth)(?![a-z])", re.IGNORECASE)
+
+
+def suspicions(reals: Mapping[str, ImageSet], where: str, fake: ImageSet) -> list[str]:
+    """Lines that say why real and generated images may have been exchanged: a manifest of sample.py beside those called
+    real, else the names of folders, else those of images. reals by the folder or data set that they are of; `where` is
+    the generated ones' folder, "" without one."""
+    lines = [
+        f"{spec} holds the manifest.jsonl of sample.py, which lies beside generated images: "
+        + ("are these real?" if where and drawn_here(where) else "are --real and --fake exchanged?")
+        for spec in reals
+        if drawn_here(spec)
+    ]
+    lines = lines or [said for spec in reals if (said := exchanged(spec, where))]
+    return lines or [said for images in reals.values() for said in exchanged_names(images, fake)]
 
 
 def exchanged(real: str, fake: str) -> str:

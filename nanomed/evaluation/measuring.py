@@ -22,7 +22,7 @@ from nanomed.evaluation.store import Extractor, Store, cached_as
 from nanomed.metrics import downstream, entries, medvqa, memorisation, scores, uncertainty
 from nanomed.metrics.colour import Colours
 from nanomed.metrics.entries import Entries
-from nanomed.metrics.networks import vit
+from nanomed.metrics.networks import biomedclip, vit
 from nanomed.metrics.networks.classifier import NAME as STAND_IN
 from nanomed.run.progress import Progress, progress, working
 from nanomed.run.ranks import ALONE, Ranks
@@ -293,13 +293,25 @@ def _possible(name: str, sets: Sets, asked: Asked, settings: Settings) -> bool:
         if without:
             reason = f"needs the class of every image, and {without[0]} has none: class folders, or a column label"
     if reason and asked.lacking is not None:
-        asked.lacking[name] = reason
+        asked.lacking[name] = reason + _file_too(name, settings)
         return False
     if reason and name in asked.names:
         raise DataError(f"--metrics {name} {reason}")
     if reason and name in OF_INCEPTION:
         asked.notes.append(f"{name} is left out: it {reason}")
     return not reason
+
+
+def _file_too(name: str, settings: Settings) -> str:
+    """What a metric of prompts or classes lacks besides these: its network's file, where that is missing, too."""
+    files = {"clip": extractors.CLIP_SCORE, "biomedclip": biomedclip.REPOSITORY,
+             "classify": settings.classifier or vit.BACKBONE}  # fmt: skip
+    try:
+        if name in files and files[name] != "tiny":
+            weights.find(files[name], settings.weights or None)
+    except weights.WeightsNotFound as error:
+        return f"; and {download(error)}"
+    return ""
 
 
 def _networks(
@@ -342,11 +354,11 @@ def _networks(
             except weights.WeightsNotFound as error:
                 if lacking is None:
                     raise
-                lacking[name] = _download(error)
+                lacking[name] = download(error)
     return found
 
 
-def _download(error: weights.WeightsNotFound) -> str:
+def download(error: Exception) -> str:
     """What is missing and the command that gets it, without the places that were looked at."""
     said = re.fullmatch(r"(\S+) was not found at .*; get it with: (.*)", str(error), re.DOTALL)
     return f"{said[1]} is missing; get it with: {said[2]}" if said else str(error)
@@ -433,13 +445,13 @@ def _to_statistics(seen: Seen, fake: ImageSet, known: Statistics) -> Entries:
     if settings.protocol == ORGANISERS:
         raise ValueError(f"the protocol {ORGANISERS} is of class probabilities, and needs the real images")
     features = seen.found["main"][fake.hashes]["features"].to(device)
-    mean, covariance = known.mean.to(device), known.covariance.to(device)
+    mean, factor = known.mean.to(device), known.factor.to(device)
     protocol = f"{network.name}, {network.protocol}"
     if known.of and known.of != cached_as(network):
         raise ValueError(f"holds features of {known.of}, and those of the images are of {cached_as(network)}")
     label = STAND_IN if network.name in STAND_IN.replace("-", " ") else "FID"
     how = entries.How(settings.intervals, settings.seed)
-    return {label: entries.frechet_to_statistics(features, mean, covariance, protocol, network.network, how)}
+    return {label: entries.frechet_to_statistics(features, mean, factor, protocol, network.network, how)}
 
 
 def _repeated(sets: entries.Measured, wanted: Sequence[str]) -> Entries:

@@ -61,7 +61,8 @@ def evaluate(
         given = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
         found = {name: _set(images, name, Path(room), how) for name, images in given.items()}
         known = found.get("train", found["real"])
-        notes = imagesets.exchanged_names(found["real"], found["fake"])
+        folders = [str(images) if isinstance(images, (str, Path)) else "" for images in (real, fake)]
+        notes = imagesets.suspicions({folders[0]: found["real"]} if folders[0] else {}, folders[1], found["fake"])
         sets = measuring.Sets({"real": found["real"]}, found["fake"], known, train is not None, notes=notes)
         measuring.exactly()
         outcome = measuring.measure(sets, asked, how, Ranks(device=device_of(float64=True)))

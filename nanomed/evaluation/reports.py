@@ -1,6 +1,6 @@
 """The pages of an evaluation: which pictures to show, and what to say beside them.
 
-The drawing itself is nanomed/metrics/webpage.py's business; this joins it to the sets of images.
+The drawing itself is webpage.py's business; this joins it to the sets of images.
 """
 
 import json
@@ -20,7 +20,7 @@ ROWS, STRIP, PAIRS = 12, 4, 24  # lines of pictures, pictures on each side of a 
 
 
 def page(outcome: Outcome) -> str:
-    """webpage.html."""
+    """report.html."""
     sets = outcome.sets
     against = [f"{name} ({len(real):,})" for name, real in sets.reals.items()] + [f"{n} (?)" for n in sets.statistics]
     reals = ", ".join(against)

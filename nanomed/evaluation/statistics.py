@@ -31,7 +31,7 @@ class Statistics:
 
     name: str
     mean: Tensor  # (D,) float64
-    covariance: Tensor  # (D, D) float64
+    factor: Tensor  # (D, r) float64: the covariance is F F^T, of rank r; lower triangular where r = D
     digest: str  # SHA-256 of the file
     of: str = ""  # network and protocol, where that is known
 
@@ -57,12 +57,14 @@ def of_cache(folder: str | Path) -> Statistics:
         parts.append(load_file(path).get("features"))
     if len({path.parent for path in _shards(folder)}) != 1 or any(part is None or part.ndim != 2 for part in parts):
         raise DataError(f"{folder}: no features (N, D) of one set of images")
-    features = torch.cat(parts).double()
+    features = torch.cat(parts)
     if len(features) < 2:
         raise DataError(f"{folder}: features of one image have no covariance")
-    mean, covariance = scores.moments(features)
+    if not features.isfinite().all():
+        raise DataError(f"{folder}: holds numbers that are not finite")
+    mean, factor = scores.mean_and_factor(features)
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Statistics(str(folder), mean, covariance, digest, folder.resolve().name.rpartition("-")[0])
+    return Statistics(str(folder), mean, factor, digest, folder.resolve().name.rpartition("-")[0])
 
 
 def read(path: str | Path) -> Statistics:
@@ -79,7 +81,7 @@ def read(path: str | Path) -> Statistics:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         said = "it holds no arrays of numbers" if "allow_pickle" in str(error) else error  # no advice to unpickle
         raise DataError(f"{path}: not a file of statistics with mu and sigma ({said})") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         shapes = f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
         raise DataError(f"{path}: {shapes} are not a mean (D,) and a covariance (D, D)")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
@@ -87,8 +89,22 @@ def read(path: str | Path) -> Statistics:
     asymmetry, largest = (covariance - covariance.T).abs().max(), covariance.abs().max()
     if asymmetry > 1e-6 * largest or (covariance.diagonal() < 0).any():
         raise DataError(f"{path}: sigma is not a covariance: it is not symmetric, or has a variance below 0")
-    covariance = (covariance + covariance.T) / 2
-    least = torch.linalg.eigvalsh(covariance)[0] if len(covariance) else torch.zeros(())
-    if least < -1e-6 * largest:
-        raise DataError(f"{path}: sigma is not a covariance: it has a direction of variance {least.item():.3g}")
-    return Statistics(str(path), mean, covariance, digest)
+    try:
+        factor = _checked_factor((covariance + covariance.T) / 2)
+    except ValueError as error:
+        raise DataError(f"{path}: sigma is not a covariance: {error}") from None
+    return Statistics(str(path), mean, factor, digest)
+
+
+def _checked_factor(covariance: Tensor) -> Tensor:
+    """F (D, r) with F F^T = S of a symmetric S, and the proof that there is one: once for a file, not for every
+    distance to it. Where rounding has made variances below 0 of what was 0 (within 1e-6 of the largest entry), they are
+    0. Raises ValueError for any others."""
+    factor, largest = scores.factor_of(covariance), covariance.abs().max()
+    if factor.shape[1] == len(covariance) or (factor @ factor.T - covariance).abs().max() <= 1e-11 * largest:
+        return factor
+    variances, directions = torch.linalg.eigh(covariance)
+    if variances[0] < -1e-6 * largest:
+        raise ValueError(f"it has a direction of variance {variances[0].item():.3g}")
+    factor = directions * variances.clamp(min=0).sqrt()
+    return torch.linalg.qr(factor[:, variances > 0].T).R.T.contiguous()

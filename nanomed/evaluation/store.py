@@ -93,8 +93,8 @@ def ahead(image: Callable[[int], np.ndarray], rows: Sequence[int], most: int = 6
 def _version() -> str:
     """Changes when the code between pixels and features does, so that no cache outlives a correction."""
     metrics, here = Path(metrics_wing.__file__).parent, Path(__file__).parent
-    makers = [*metrics.glob("networks/*.py"), *metrics.glob("f*.py"), metrics / "clef.py", here / "extractors.py"]
-    makers += [metrics / "radiomics.py", Path(clip_vision.__file__), Path(clip.__file__)]
+    makers = [*metrics.glob("networks/*.py"), here / "extractors.py", Path(clip_vision.__file__), Path(clip.__file__)]
+    makers += [metrics / name for name in ("features.py", "frd.py", "radiomics.py", "clef.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(makers))).hexdigest()[:16]
 
 

@@ -76,9 +76,9 @@ class Measured:
         """CMMD of CLIP embeddings."""
         entry = self._entry(scores.cmmd(self.real, self.fake), "RBF sigma 10, times 1000", biased=True)
         if self.sure and self.n >= 2 * KID_GROUPS:
-            kernel, sides = scores.gaussian_kernel, (scores.unit(self.real), scores.unit(self.fake))
-            low, high = uncertainty.kernel_interval(*sides, KID_GROUPS, seed=self.seed, kernel=kernel, biased=True)
-            del sides  # the floor makes its own
+            low, high = uncertainty.kernel_interval(
+                self.real, self.fake, KID_GROUPS, seed=self.seed, kernel=scores.gaussian_kernel, biased=True
+            )
             entry |= interval((max(1000 * low, 0.0), 1000 * high), jackknife(KID_GROUPS))
         return {"CMMD": entry | self._floor(scores.cmmd)}
 
@@ -186,18 +186,15 @@ class Measured:
 
 
 def frechet_to_statistics(
-    fake: Tensor, mean: Tensor, covariance: Tensor, protocol: str, network: str, how: How = How()
+    fake: Tensor, mean: Tensor, factor: Tensor, protocol: str, network: str, how: How = How()
 ) -> dict:
-    """The entry of a Frechet distance to a mean (D,) and covariance (D, D) that a file holds: without a floor, and with
-    an interval that knows the generated images only."""
-
-    def value(features: Tensor) -> float:
-        return scores.frechet_to_moments(features, mean, covariance)
-
+    """The entry of a Frechet distance to a mean (D,) and a covariance F F^T, F (D, r), that a file holds: without a
+    floor, and with an interval that knows the generated images only."""
+    distance, rows = scores.distances_to_moments(fake, mean, factor), torch.arange(len(fake))
     about = {"protocol": f"{protocol}, to statistics", "n_real": 0, "n_fake": len(fake), "network": network}
-    entry = {"value": value(fake)} | about | small(len(fake), biased=True)
+    entry = {"value": distance(rows)} | about | small(len(fake), biased=True)
     if how.sure and len(fake) >= 2 * GROUPS:
-        ends = uncertainty.interval(value, fake, groups=GROUPS, seed=how.seed)
+        ends = uncertainty.interval(distance, rows, groups=GROUPS, seed=how.seed)
         entry |= interval(ends, f"{jackknife(GROUPS)}, the real statistics as they are")
     return entry
 

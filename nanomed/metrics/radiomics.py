@@ -94,6 +94,11 @@ def entropy(p: np.ndarray) -> float:
     return -(p @ np.log2(p + EPS))
 
 
+def _entropies(p: np.ndarray) -> np.ndarray:
+    """Of each row of p (R, N)."""
+    return -(p * np.log2(p + EPS)).sum(1)
+
+
 # ------------------------------------------------------------------------------------------------------------- pairs
 
 
@@ -101,13 +106,14 @@ def glcm(levels: np.ndarray, more: bool = False) -> list[float]:
     """GLCM (and GLCM_MORE) of grey levels (H, W): means over the directions in which there are pairs, else NaN."""
     flat, steps = _flat(levels)
     top, found = int(levels.max()), []
+    times = flat * (top + 1)
     for step in steps:
-        a, b = flat[:-step], flat[step:]
-        counts = np.bincount(np.minimum(a, b) * (top + 1) + np.maximum(a, b))
+        counts = np.bincount(np.minimum(times[:-step], times[step:]) + np.maximum(flat[:-step], flat[step:]))
         counts[: top + 1] = 0  # pairs with a pixel of no level
-        if counts.any():
-            found.append(_of_pairs(counts, top, more))
-    return np.mean(found, 0).tolist() if found else [np.nan] * (len(GLCM) + len(GLCM_MORE) * more)
+        codes = np.flatnonzero(counts > 0)  # of booleans: ten times as fast
+        if len(codes):
+            found.append((codes, counts[codes]))
+    return _of_pairs(found, top, more).mean(0).tolist() if found else [np.nan] * (len(GLCM) + len(GLCM_MORE) * more)
 
 
 def _flat(levels: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -117,36 +123,54 @@ def _flat(levels: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return padded.ravel(), [down * padded.shape[1] + right for down, right in STEPS]
 
 
-def _of_pairs(counts: np.ndarray, top: int, more: bool) -> list[float]:
-    """The features of one direction, from how often levels i <= j are a pair, at i (top + 1) + j. A pair counts both
-    ways: of P, entry (i, j) and (j, i) hold half of the share c of the pairs each, entry (i, i) the whole."""
-    codes = np.flatnonzero(counts > 0)  # of booleans: ten times as fast
+def _of_pairs(directions: list[tuple[np.ndarray, np.ndarray]], top: int, more: bool) -> np.ndarray:
+    """The features (directions, 22 or 24) from, for each direction, which levels i <= j are pairs, as i (top + 1) + j,
+    and how often. A pair counts both ways: of P, entry (i, j) and (j, i) hold half of the share c of the pairs each,
+    entry (i, i) the whole."""
+    codes = np.concatenate([codes for codes, _ in directions])
+    c = np.concatenate([counts / counts.sum() for _, counts in directions])
+    first = np.cumsum([0, *(len(codes) for codes, _ in directions)])  # of each direction
+    way = np.repeat(np.arange(len(directions)), np.diff(first))
     i = codes // (top + 1)
-    j, counted = codes - i * (top + 1), counts[codes]
-    c = counted / counted.sum()
+    j = codes - i * (top + 1)
     entry = np.where(i == j, c, c / 2)
-    px = (np.bincount(i, c, top + 1) + np.bincount(j, c, top + 1)) / 2
-    sums, differences = np.bincount(i + j, c), np.bincount(j - i, c)
-    k, d, level = (np.arange(n, dtype=np.float64) for n in (len(sums), len(differences), top + 1))
-    mean, average = level @ px, d @ differences
-    off, dd = k - 2 * mean, d * d
+
+    def over(place: np.ndarray, bins: int) -> np.ndarray:
+        """c added up by place, for each direction (directions, bins)."""
+        return np.bincount(way * bins + place, c, len(directions) * bins).reshape(-1, bins)
+
+    def total(of_entries: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(of_entries, first[:-1])
+
+    px = (over(i, top + 1) + over(j, top + 1)) / 2
+    sums, differences = over(i + j, 2 * top + 1), over(j - i, top + 1)
+    k, level = np.arange(2 * top + 1.0), np.arange(top + 1.0)  # differences are counted like levels
+    dd = level * level
+    mean, average = px @ level, differences @ level
+    off = k - 2 * mean[:, None]
     squares = off * off
     weighted = sums * squares
-    variance = px @ (level - mean) ** 2
-    joint, hx = -(c @ np.log2(entry + EPS)), entropy(px)
+    tendency, contrast = weighted.sum(1), differences @ dd
+    variance = (px * (level - mean[:, None]) ** 2).sum(1)
+    joint, hx = -total(c * np.log2(entry + EPS)), _entropies(px)
     # HXY1 and HXY2, the entropies of px(i) px(j) under P and under itself, are both twice that of px, but for EPS in
     # the logarithms, which moves them by some 1e-8.
-    imc2 = np.sqrt(max(1 - np.exp(-2 * max(2 * hx - joint, 0.0)), 0.0))
+    imc1 = np.where(hx > 1e-12, (joint - 2 * hx) / np.where(hx > 1e-12, hx, 1.0), 0.0)
+    imc2 = np.sqrt(np.maximum(1 - np.exp(-2 * np.maximum(2 * hx - joint, 0.0)), 0.0))
+    covariance = (tendency - contrast) / 4  # of i and j; (i - m + j - m)^2 - (i - j)^2 is four times their product
     found = [
-        c @ (i * j), mean, weighted @ squares, weighted @ off, weighted.sum(), differences @ dd,
-        c @ ((i - mean) * (j - mean)) / (variance + EPS) if variance else 1.0,
-        average, entropy(differences), differences @ (d - average) ** 2,
-        c @ entry, joint, (joint - 2 * hx) / hx if hx > 1e-12 else 0.0, imc2,
+        covariance + mean * mean, mean, (weighted * squares).sum(1), (weighted * off).sum(1), tendency, contrast,
+        np.where(variance > 0, covariance / (variance + EPS), 1.0),
+        average, _entropies(differences), (differences * (level - average[:, None]) ** 2).sum(1),
+        total(c * entry), joint, imc1, imc2,
         differences @ (1 / (1 + dd)), differences @ (1 / (1 + dd / top**2)),
-        differences @ (1 / (1 + d)), differences @ (1 / (1 + d / top)),
-        differences[1:] @ (1 / dd[1:]), entry.max(), entropy(sums), variance,
+        differences @ (1 / (1 + level)), differences @ (1 / (1 + level / top)),
+        differences[:, 1:] @ (1 / dd[1:]), np.maximum.reduceat(entry, first[:-1]), _entropies(sums), variance,
     ]  # fmt: skip
-    return [*found, k @ sums, _correlation(i, j, entry, px)] if more else found
+    if more:
+        each = [slice(*ends) for ends in zip(first, first[1:])]
+        found += [sums @ k, [_correlation(i[one], j[one], entry[one], row) for one, row in zip(each, px)]]
+    return np.stack(found, 1)
 
 
 def _correlation(i: np.ndarray, j: np.ndarray, entry: np.ndarray, px: np.ndarray) -> float:
@@ -165,33 +189,39 @@ def _correlation(i: np.ndarray, j: np.ndarray, entry: np.ndarray, px: np.ndarray
 
 def glrlm(levels: np.ndarray) -> list[float]:
     """GLRLM of grey levels (H, W): means over the directions in which two pixels lie on a line, else NaN."""
-    flat, found = np.append(levels.ravel(), 0), []
+    flat, found = np.append(levels, 0), []
+    inside = np.count_nonzero(levels)
     for order in _lines(levels.shape):
-        values = flat[order]  # the lines after each other, a 0 behind each
-        starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-        lengths, level = np.diff(starts, append=len(values)), values[starts]
-        runs = level > 0
-        lengths, level = lengths[runs], level[runs]
-        if lengths.max() > 1 or np.bincount(np.cumsum(order == levels.size)[values > 0]).max() > 1:
-            found.append(_of_table(level, lengths, int(lengths.sum())))
+        values = flat.take(order)
+        begins = np.flatnonzero(values[1:] != values[:-1]) + 1  # of runs, and of the last line's end
+        level, lengths = values.take(begins[:-1]), begins[1:] - begins[:-1]
+        if np.count_nonzero(level) < inside or _pairs_on_lines(order, values):
+            found.append(_of_table(level, lengths))
     return np.mean(found, 0).tolist() if found else [np.nan] * len(GLRLM)
+
+
+def _pairs_on_lines(order: np.ndarray, values: np.ndarray) -> bool:
+    line = np.cumsum(order == order[0])[values > 0]
+    return bool((line[1:] == line[:-1]).any())
 
 
 @functools.lru_cache(8)
 def _lines(shape: tuple[int, int]) -> list[np.ndarray]:
-    """For each direction the pixels of an image, line after line; the number of pixels stands for a line's end."""
+    """For each direction the pixels of an image, line after line; the number of pixels stands before, between and
+    behind the lines."""
     row, column = np.divmod(np.arange(shape[0] * shape[1]), shape[1])
     orders = []
     for down, right in STEPS:
         line = row if not down else column if not right else column - right * row
         order = np.lexsort((row * down + column * (not down), line))
         ends = np.flatnonzero(np.diff(line[order])) + 1
-        orders.append(np.append(np.insert(order, ends, len(row)), len(row)))
+        orders.append(np.pad(np.insert(order, ends, len(row)), 1, constant_values=len(row)))
     return orders
 
 
 def zones(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Level and size of every connected zone of one grey level: pixels touch along sides and at corners."""
+    """Level and size of every connected zone of one grey level, those of level 0 in pieces: pixels touch along sides
+    and at corners."""
     flat, (one, row, back, slash) = _flat(levels)
     n, inside = len(flat), flat > 0
     joined = np.zeros((4, n), dtype=bool)  # every pixel with four of its neighbours
@@ -203,63 +233,67 @@ def zones(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     backs[:-back] &= ~(right[:-back] | right[row : n - one])
     slashes[1:-slash] &= ~(right[: -slash - 1] | right[slash + 1 :])
     below[1:-row] &= ~(right[: -row - 1] & right[row:-1] & below[: -row - 1])
-    starts = np.zeros(n + 1, dtype=np.int32)  # of each pixel's neighbours in one list of all
-    joined.view(np.uint8).sum(0, dtype=np.uint8).cumsum(dtype=np.int32, out=starts[1:])
+    # The nodes of the graph are runs along rows. Its edges go from a pixel to the row below; runs being in the order of
+    # their pixels, edges in the order of pixels are in that of runs.
+    run = np.empty(n, dtype=np.int32)  # of each pixel
+    run[0] = 0
+    np.cumsum(~right[:-1], dtype=np.int32, out=run[1:])
+    begins = np.append(0, np.flatnonzero(~right[:-1]) + 1)
+    starts = np.zeros(n + 1, dtype=np.int32)  # of each pixel's edges in one list of all
+    joined[1:].view(np.uint8).sum(0, dtype=np.uint8).cumsum(dtype=np.int32, out=starts[1:])
     ends, place = np.empty(starts[-1], dtype=np.int32), starts[:-1].copy()
-    for step, same in ((one, right), (slash, slashes), (row, below), (back, backs)):
+    for step, same in ((slash, slashes), (row, below), (back, backs)):
         pixels = np.flatnonzero(same)
-        ends[place[pixels]] = pixels + step
+        ends[place[pixels]] = run[pixels + step]
         place += same
-    graph = csr_array((np.ones(len(ends)), ends, starts), shape=(n, n))
-    labels = connected_components(graph, directed=False)[1]
-    size = np.bincount(labels)
-    level = np.zeros(len(size), dtype=np.int64)
-    level[labels] = flat
-    return level[level > 0], size[level > 0]
+    graph = csr_array((np.ones(len(ends)), ends, np.append(starts[begins], starts[-1])), shape=(len(begins),) * 2)
+    count, labels = connected_components(graph, directed=False)
+    level = np.empty(count, dtype=np.int64)
+    level[labels] = flat[begins]
+    return level, np.bincount(labels, np.diff(begins, append=n)).astype(np.int64)
 
 
 def glszm(levels: np.ndarray) -> list[float]:
     """GLSZM of grey levels (H, W)."""
-    level, size = zones(levels)
-    return _of_table(level, size, int(size.sum()))
+    return _of_table(*zones(levels))
 
 
 def gldm(levels: np.ndarray) -> list[float]:
     """GLDM of grey levels (H, W): a pixel depends on itself and on the neighbours of its level."""
-    around, inside = _neighbours(levels), levels > 0
-    depends = 1 + (around == levels).sum(0)[inside]
-    found = dict(zip(_GLDM, _of_table(levels[inside], depends, 1)))
+    flat, steps = _flat(levels)
+    depends = np.ones(len(flat), dtype=np.int64)
+    for step in steps:
+        same = flat[:-step] == flat[step:]
+        depends[:-step] += same
+        depends[step:] += same
+    found = dict(zip(_GLDM, _of_table(flat, depends)))
     return [found[name] for name in GLDM]
 
 
-def _of_table(level: np.ndarray, size: np.ndarray, pixels: int) -> list[float]:
-    """The 16 features that runs, zones and dependences share, from the level (N,) and size (N,) of each."""
-    n, rows, most = len(level), int(level.max()) + 1, int(size.max())
-    if rows * most <= 4 * n:
+def _of_table(level: np.ndarray, size: np.ndarray) -> list[float]:
+    """The 16 features that runs, zones and dependences share, from the level (N,) and size (N,) of each; level 0 is
+    none."""
+    rows, most = int(level.max()) + 1, int(size.max())
+    if rows * most <= 4 * len(level):
         j, place = np.arange(1, most + 1), size - 1
     else:  # a few large ones: only sizes that occur
         occurs = np.bincount(size) > 0
-        j, place = np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[size]
+        j, place = np.flatnonzero(occurs), (np.cumsum(occurs) - 1).take(size)
     counts = np.bincount(level * len(j) + place, minlength=rows * len(j))
+    counts[: len(j)] = 0
     by_level, by_size = (counts.reshape(rows, len(j)).sum(axis) for axis in (1, 0))
+    n = by_level.sum()
     i, codes = np.arange(rows, dtype=np.float64), np.flatnonzero(counts > 0)
     row = codes // len(j)
     squares = j * (j * 1.0)
     p, light, long = counts[codes] / n, (i * i)[row], squares[codes - row * len(j)]
-    inverse = p / long
+    inverse, longer = p / long, p * long
     pg, ps = by_level / n, by_size / n
     return [
-        ps @ (1 / squares), ps @ squares, pg @ by_level, pg @ pg, ps @ by_size, ps @ ps, n / pixels,
+        ps @ (1 / squares), ps @ squares, pg @ by_level, pg @ pg, ps @ by_size, ps @ ps, n / (by_size @ j),
         pg @ (i - pg @ i) ** 2, ps @ (j - ps @ j) ** 2, entropy(p), pg[1:] @ (1 / i[1:] ** 2), pg @ (i * i),
-        inverse @ (1 / light), inverse @ light, (p * long) @ (1 / light), (p * long) @ light,
+        inverse @ (1 / light), inverse @ light, longer @ (1 / light), longer @ light,
     ]  # fmt: skip
-
-
-def _neighbours(levels: np.ndarray) -> np.ndarray:
-    """The 8 neighbours (8, H, W) of every pixel, 0 beyond the image."""
-    padded, (height, width) = framed(levels), levels.shape
-    steps = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
-    return np.stack([padded[y : y + height, x : x + width] for y, x in steps])
 
 
 def _sums(x: np.ndarray) -> np.ndarray:
@@ -286,17 +320,20 @@ def ngtdm(levels: np.ndarray) -> list[float]:
     counts = np.bincount(level)
     i = np.flatnonzero(counts)
     s, p = np.bincount(level, apart)[i], counts[i] / len(level)
-    coarse, n, between = (p * s).sum(), len(i), np.abs(i[:, None] - i)
+    coarse, n, off = (p * s).sum(), len(i), i - i.mean()
     contrast = 2 * (p * (i - (p * i).sum()) ** 2).sum() * s.sum() / len(level)
-    busy = np.abs((i * p)[:, None] - i * p).sum()
-    both = p[:, None] + p
-    complexity = (between * ((p * s)[:, None] + p * s) / both).sum() / len(level)
+    # Sums over all pairs of levels: |x - y| by the ranks of x = i p; (p_i + p_j) (i - j)^2 by parts, as sum(off) is 0;
+    # |i - j| (p_i s_i + p_j s_j) / (p_i + p_j) twice by its first half.
+    busy = 2 * (np.arange(1 - n, n, 2) @ np.sort(i * p))
+    strength = 2 * (n * (p @ (off * off)) + p.sum() * (off @ off))
+    shares = np.abs(i[:, None] - i) / (p[:, None] + p)
+    complexity = 2 * ((p * s) @ shares.sum(1)) / len(level)
     return [
         1 / coarse if coarse else 1e6,
         contrast / (n * (n - 1)) if n > 1 else 0.0,
         coarse / busy if busy else 0.0,
         complexity,
-        (both * between * between).sum() / s.sum() if s.sum() else 0.0,
+        strength / s.sum() if s.sum() else 0.0,
     ]
 
 
@@ -327,13 +364,16 @@ def features(
     mask = np.ones(image.shape, dtype=bool) if mask is None else mask.astype(bool)
     if image.ndim != 2 or mask.shape != image.shape or not mask.any():
         raise ValueError(f"an image {image.shape} with a mask {mask.shape} of {mask.sum()} pixels has no features")
-    if not np.isfinite(image[mask]).all():
+    if not mask.all():
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        inner = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        image, mask = image[inner], mask[inner]
+    whole = bool(mask.all())
+    values = image.ravel() if whole else image[mask]
+    if not np.isfinite(values).all():
         raise ValueError("an image with values that are not finite has no features")
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    inner = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    image, mask = image[inner], mask[inner]
     levels = quantised(image, mask, width)
-    values, of_them = (image.ravel(), levels.ravel()) if mask.all() else (image[mask], levels[mask])
+    of_them = levels.ravel() if whole else levels[mask]
     found = [
         *first_order(values, of_them, shift, area), *glcm(levels, everything), *glrlm(levels), *glszm(levels),
         *ngtdm(levels), *(gldm(levels) if everything else []),

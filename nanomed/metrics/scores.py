@@ -53,7 +53,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     check(2, a, b)
     if min(len(a), len(b)) > a.shape[1]:
         return frechet_from_moments(*moments(a), *moments(b))
-    (mean_a, factor_a), (mean_b, factor_b) = _mean_and_factor(a), _mean_and_factor(b)
+    (mean_a, factor_a), (mean_b, factor_b) = mean_and_factor(a), mean_and_factor(b)
     within = factor_a.square().sum() + factor_b.square().sum() - 2 * _common(factor_a, factor_b)
     return max(((mean_a - mean_b).square().sum() + within).item(), 0.0)
 
@@ -62,10 +62,10 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     """The same from means (D,) and covariances (D, D). Those of fewer samples than dimensions are taken apart at the
     price of their rank."""
     cov_a, cov_b = cov_a.double(), cov_b.double()
-    factor = _factor(cov_a)
+    factor = factor_of(cov_a)
     if factor.shape[1] < len(cov_a):  # of low rank: the other side need not be taken apart
-        common = _sum_of_singular_values(factor.T @ cov_b @ factor, lambda: factor.T @ _factor(cov_b))
-    elif (other := _factor(cov_b)).shape[1] < len(cov_b):
+        common = _sum_of_singular_values(factor.T @ cov_b @ factor, lambda: factor.T @ factor_of(cov_b))
+    elif (other := factor_of(cov_b)).shape[1] < len(cov_b):
         common = _sum_of_singular_values(other.T @ cov_a @ other, lambda: other.T @ factor)
     else:
         common = _sum_of_singular_values(_congruence(factor, cov_b), lambda: factor.T @ other)
@@ -73,17 +73,54 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     return max(((mean_a.double() - mean_b.double()).square().sum() + within).item(), 0.0)
 
 
-def frechet_to_moments(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """The same of features (N >= 2, D) to a mean (D,) and covariance (D, D), such as a file of statistics holds."""
+def frechet_to_moments(features: Tensor, mean: Tensor, factor: Tensor) -> float:
+    """The same of features (N >= 2, D) to the Gaussian of a mean (D,) and a covariance F F^T, such as a file of
+    statistics holds; F (D, r) is what `factor_of` makes of the covariance."""
+    return distances_to_moments(features, mean, factor)(torch.arange(len(features)))
+
+
+def distances_to_moments(features: Tensor, mean: Tensor, factor: Tensor) -> Callable[[Tensor], float]:
+    """`frechet_to_moments` of some of the features, as a function of their indices. Of fewer features than dimensions
+    the one large product is made here, for whatever is chosen among them; each choice costs its eigenvalues."""
     check(2, features)
-    if features.shape[1:] != mean.shape or covariance.shape != (*mean.shape, *mean.shape):
-        shapes = f"a mean {tuple(mean.shape)} and a covariance {tuple(covariance.shape)}"
+    if features.shape[1:] != mean.shape or len(factor) != len(mean):
+        shapes = f"a mean {tuple(mean.shape)} and a covariance {(len(factor),) * 2}"
         raise ValueError(f"features {tuple(features.shape)} have no distance to {shapes}")
-    if len(features) > features.shape[1]:
-        return frechet_from_moments(*moments(features), mean, covariance)
-    (own, factor), covariance = _mean_and_factor(features), covariance.double()
-    within = factor.square().sum() + covariance.trace() - 2 * _common(factor, _factor(covariance))
-    return max(((own - mean.double()).square().sum() + within).item(), 0.0)
+    mean, trace, (n, width) = mean.double(), factor.square().sum(), features.shape
+
+    def distance(own: Tensor, own_trace: Tensor, common: Tensor) -> float:
+        return max(((own - mean).square().sum() + own_trace + trace - 2 * common).item(), 0.0)
+
+    if n > width:
+
+        def of_many(rows: Tensor) -> float:
+            if len(rows) <= width:
+                return frechet_to_moments(features[rows], mean, factor)
+            own, covariance = moments(features[rows])
+            triangular = factor.shape[1] == width
+            gram = _congruence(factor, covariance) if triangular else factor.T @ covariance @ factor
+            common = _sum_of_singular_values(gram, lambda: factor.T @ factor_of(covariance))
+            return distance(own, covariance.trace(), common)
+
+        return of_many
+
+    middle = features.double().mean(0)
+    x = features.double() - middle
+    product = _times(x, factor)  # (N, r)
+    gram = product @ product.T
+
+    def of_few(rows: Tensor) -> float:
+        own, m = x[rows].mean(0), len(rows)
+        own_trace = (x[rows].square().sum() - m * own.square().sum()) / (m - 1)
+        if m - 1 > product.shape[1]:  # the smaller of the two has no eigenvalues that are rounding alone
+            part = _centred(product[rows])
+            square = part.T @ part
+        else:
+            square = _centred(_centred(gram[rows][:, rows]).T)
+        common = _sum_of_singular_values(square, lambda: _centred(product[rows])) / (m - 1) ** 0.5
+        return distance(own + middle, own_trace, common)
+
+    return of_few
 
 
 def _common(factor_a: Tensor, factor_b: Tensor) -> Tensor:
@@ -94,23 +131,29 @@ def _common(factor_a: Tensor, factor_b: Tensor) -> Tensor:
     return _sum_of_singular_values(product @ product.T, lambda: product)
 
 
-def _mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_factor(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean, and a matrix F (D, r) with F F^T = S."""
     n, width = features.shape
     if n > width:
         mean, covariance = moments(features)
-        return mean, _factor(covariance)
-    # The reflection that takes (1, ..., 1) / sqrt(n) to the first axis moves the whole mean into the first row; the
-    # n - 1 rows that remain have the scatter of the centred features, without the null direction centring leaves.
+        return mean, factor_of(covariance)
     x = features.double()
-    mean = x.mean(0)
-    rows = x[1:] - (n**0.5 * mean - x[0]) / (n**0.5 - 1)
-    return mean, rows.T / (n - 1) ** 0.5
+    return x.mean(0), _centred(x).T / (n - 1) ** 0.5
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F with F F^T = S: Cholesky's lower triangle, or (D, r) where S is of rank r, from Cholesky with pivots, which
-    ends where what is left is rounding. That the upper left quarter has no triangle tells at an eighth of the price."""
+def _centred(x: Tensor) -> Tensor:
+    """n - 1 rows (n - 1, D) with the scatter that x (n, D) has about its mean.
+
+    The reflection that takes (1, ..., 1) / sqrt(n) to the first axis moves the whole mean into the first row; the rows
+    that remain have the scatter of the centred ones, without the null direction that subtracting the mean leaves."""
+    root = len(x) ** 0.5
+    return x[1:] - (root * x.mean(0) - x[0]) / (root - 1)
+
+
+def factor_of(covariance: Tensor) -> Tensor:
+    """F with F F^T = S: Cholesky's lower triangle, or (D, r) where S is of rank r < D, from Cholesky with pivots, which
+    ends where what is left is rounding. That the upper left quarter has no triangle tells at an eighth of the price.
+    What S is, a covariance in float64, is taken on trust."""
     half = len(covariance) // 2
     failed = bool(torch.linalg.cholesky_ex(covariance[:half, :half])[1]) if half else False
     if not failed:
@@ -120,16 +163,24 @@ def _factor(covariance: Tensor) -> Tensor:
         rows, pivots, rank, _ = lapack.dpstrf(covariance.cpu().numpy(), lower=1)
         factor = torch.zeros(len(covariance), rank, dtype=torch.float64)
         factor[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(rows[:, :rank]).tril()
+        if rank == len(covariance):  # it was rounding that failed: of full rank, whose rows the pivots have exchanged
+            factor = torch.linalg.qr(factor.T).R.T
         factor = factor.to(covariance.device)
     return factor
+
+
+def _times(x: Tensor, factor: Tensor, block: int = 256) -> Tensor:
+    """x F (n, r); of a square F, which is lower triangular, half of the multiplications."""
+    width, rank = factor.shape
+    if rank < width:
+        return x @ factor
+    return torch.cat([x[:, i:] @ factor[i:, i : i + block] for i in range(0, width, block)], 1)
 
 
 def _congruence(factor: Tensor, covariance: Tensor, block: int = 256) -> Tensor:
     """F^T S F of a lower-triangular F, on and below the diagonal, which is all that eigvalsh reads: a third of the
     multiplications of the two products."""
-    right, out = torch.empty_like(covariance), torch.zeros_like(covariance)
-    for i in range(0, len(factor), block):
-        right[:, i : i + block] = covariance[:, i:] @ factor[i:, i : i + block]
+    right, out = _times(covariance, factor, block), torch.zeros_like(covariance)
     for i in range(0, len(factor), block):
         out[i : i + block, : i + block] = factor[i:, i : i + block].T @ right[i:, : i + block]
     return out
@@ -212,19 +263,22 @@ def _kernel_sums(x: Tensor, y: Tensor, chosen_x: Tensor, chosen_y: Tensor) -> Te
 
 
 def gaussian_kernel(x: Tensor, y: Tensor, sigma: float = 10.0) -> Tensor:
-    """exp(-|x - y|^2 / (2 sigma^2)) - 1 of every pair, CMMD's kernel (Jayasumana et al. 2024) less one; (n, m) in
-    float64. For vectors of length 1 and their sigma of 10 it lies within 0.02 of 0, where float32 products leave 1e-9
-    of error; the one that is left out cancels in every MMD."""
-    lengths = x.double().square().sum(1, keepdim=True) + y.double().square().sum(1)
-    return (x @ y.T).double().mul_(-2).add_(lengths).mul_(-1 / (2 * sigma**2)).expm1_()
+    """exp(-|x - y|^2 / (2 sigma^2)) - 1 of the directions x and y of every pair, CMMD's kernel (Jayasumana et al. 2024)
+    less one; (n, m) in float64. For vectors of length 1 and their sigma of 10 it lies within 0.02 of 0, where float32
+    products leave 1e-9 of error; the one that is left out cancels in every MMD."""
+    x, y = unit(x), unit(y)  # of a tile at a time: directions of all would be another copy of the features
+    squares = [torch.linalg.vector_norm(z, dim=1, dtype=torch.float64).square_() for z in (x, y)]
+    return (x @ y.T).double().mul_(-2).add_(squares[0][:, None] + squares[1]).mul_(-1 / (2 * sigma**2)).expm1_()
 
 
 def cmmd(a: Tensor, b: Tensor) -> float:
     """CMMD (Jayasumana et al. 2024, section 4) of CLIP embeddings (N, D): 1000 times the squared MMD of their
-    directions, pairs of an image with itself included, as the authors' code has it. In tiles: memory grows with N.
+    directions, pairs of an image with itself included, as the authors' code has it. In tiles: memory does not grow with
+    N. Raises ValueError for an embedding without a direction.
     """
     check(1, a, b)
-    a, b = unit(a), unit(b)
+    for features in (a, b):
+        lengths(features)
 
     def mean(x: Tensor, y: Tensor) -> Tensor:
         total, itself = x.new_zeros((), dtype=torch.float64), y is x
@@ -237,10 +291,16 @@ def cmmd(a: Tensor, b: Tensor) -> float:
 
 def unit(features: Tensor) -> Tensor:
     """Features (N, D) over their lengths. Raises ValueError for one of length 0, which has no direction."""
-    lengths = torch.cat([rows.double().norm(dim=1, keepdim=True) for rows in features.split(BLOCK)])
-    if not lengths.all():
-        raise ValueError(f"features of image {lengths.flatten().argmin().item()} are all 0, so it has no direction")
-    return features / lengths.to(features.dtype)
+    return features / lengths(features).to(features.dtype)
+
+
+def lengths(features: Tensor) -> Tensor:
+    """Of features (N, D), (N, 1) in float64. Raises ValueError for one of length 0."""
+    blocks = features.split(BLOCK)
+    found = torch.cat([torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64) for x in blocks])
+    if not found.all():
+        raise ValueError(f"features of image {found.flatten().argmin().item()} are all 0, so it has no direction")
+    return found
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:

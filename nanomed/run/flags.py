@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -216,7 +217,7 @@ def _check_place(shown: str, text: str, folder: bool) -> None:
             there = there.parent
         if not there.is_dir() and there != path:
             raise UsageError(f"{shown}: {there} is no folder")
-        if not os.access(there, os.W_OK):
+        if not os.access(there, os.W_OK) or not _takes_files(there):
             raise UsageError(f"{shown}: {there} cannot be written to")
         if any(len(os.fsencode(part)) > 255 - 15 for part in path.parts):  # temporary names are longer
             raise UsageError(f"{shown}: too long a name")
@@ -224,6 +225,16 @@ def _check_place(shown: str, text: str, folder: bool) -> None:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{shown}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made in a folder: root may write to /proc by its permissions, and to no file there. The one
+    that is made has no name, or not for longer than this."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _named(word: str) -> str:

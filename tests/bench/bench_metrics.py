@@ -1,7 +1,8 @@
 """The evaluation suite against its peers, interleaved in one run: medians, ratios, extra memory.
 
     python tests/bench/bench_metrics.py                          all of it; about ten minutes on two cores
-    python tests/bench/bench_metrics.py --only frechet,kid       frechet | kid | pr | inception | uncertainty
+    python tests/bench/bench_metrics.py --only frechet,kid       frechet | statistics | kid | pr | inception | frd |
+                                                                 cmmd | uncertainty
     python tests/bench/bench_metrics.py --small                  seconds: does it run
     python tests/bench/bench_metrics.py --only large             precision, recall and KID of 50,000 x 50,000 alone
 
@@ -13,6 +14,7 @@ import argparse
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import conftest  # noqa: E402, F401  (lets torchvision import beside a CPU build of torch)
 from test_protocols import pictures, random_inception  # noqa: E402
 
-from nanomed.metrics import scores, uncertainty  # noqa: E402
+from nanomed.data import toy  # noqa: E402
+from nanomed.metrics import entries, frd, scores, uncertainty  # noqa: E402
 from nanomed.metrics.networks import inception  # noqa: E402
 
 WIDTH = 2048
@@ -101,6 +104,32 @@ def frechet(width: int, repeats: int) -> None:
         interleaved(f"Frechet distance, {width} dimensions, N = {n}", ways, repeats)
 
 
+def to_statistics(width: int, repeats: int) -> None:
+    """What `--real FILE.npz` costs against `--real FOLDER` of the images that the file is of: reading the file, then
+    the distance of N generated images, fewer than dimensions, to M real ones, then the same with its interval."""
+    from nanomed.evaluation import statistics as of_files
+
+    n, counts = width // 4, (width // 4, width, 5 * width)
+    a, everything = gaussian(n, width, 0), gaussian(counts[-1], width, 1, 1.05)
+    known, ways, sure = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for m in counts:
+            b, file = everything[:m], f"{folder}/{m}.npz"
+            mean, covariance = scores.moments(b)
+            np.savez(file, mu=mean.numpy(), sigma=covariance.numpy())
+            start = time.process_time()
+            known[m] = of_files.read(file)
+            print(f"read and checked, of {m} images: {time.process_time() - start:.3f} s CPU")
+            ways[f"to moments of {m}"] = lambda m=m: scores.frechet_to_moments(a, known[m].mean, known[m].factor)
+            ways[f"from features of {m}"] = lambda b=b: scores.frechet_distance(a, b)
+            sure[f"to moments of {m}"] = lambda m=m: entries.frechet_to_statistics(
+                a, known[m].mean, known[m].factor, "", "")["interval"]["high"]  # fmt: skip
+            if m < counts[-1]:
+                sure[f"from features of {m}"] = lambda b=b: uncertainty.frechet_interval(a, b)[1]
+        interleaved(f"Frechet distance to statistics, {width} dimensions, N = {n}", ways, repeats)
+        interleaved("the same with intervals", sure, repeats)
+
+
 def kid(n: int, width: int, subsets: int, size: int, repeats: int) -> None:
     from torchmetrics.image.kid import poly_mmd
 
@@ -160,6 +189,28 @@ def large(n: int, width: int) -> None:
         print(f"{name:>34} {seconds:9.1f} s {extra:8.3f} GB extra   {value}", flush=True)
 
 
+def radiomic(count: int, repeats: int) -> None:
+    """Toy scenes of 256 pixels to the features of FRD v1 and v0; a core's seconds."""
+    images, rates = [toy.render(toy.scene(i), 256) for i in range(count)], []
+    for _ in range(repeats):
+        start = time.process_time()
+        for image in images:
+            frd.features(image)
+        rates.append(count / (time.process_time() - start))
+    print(f"\nFRD: {statistics.median(rates):.1f} images a second a core, median of {repeats} turns of {count}")
+
+
+def cmmd_in_tiles(n: int) -> None:
+    """CMMD of n x n embeddings with its interval and floor: what memory it takes besides the embeddings."""
+    extra, seconds, value = peak(_cmmd, n, 768)
+    print(f"\nCMMD of {n} x {n}, interval and floor: {seconds:.1f} s, {extra:.3f} GB extra   {value}")
+
+
+def _cmmd(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    found = entries.Measured(real, fake, "", "").cmmd()["CMMD"]
+    return found["value"], found.get("interval", {}).get("high", 0.0)
+
+
 def network(batch: int, repeats: int) -> None:
     """pytorch-fid's network and ours with the same random weights and inputs."""
     peer = random_inception()
@@ -196,7 +247,7 @@ def sure(n: int, width: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="frechet,kid,pr,inception,uncertainty")
+    parser.add_argument("--only", default="frechet,statistics,kid,pr,inception,frd,uncertainty")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -205,9 +256,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     rows = {
         "frechet": lambda: frechet(width, args.repeats),
+        "statistics": lambda: to_statistics(width, args.repeats),
         "kid": lambda: kid(200 if args.small else 2000, width, 100, 100 if args.small else 1000, args.repeats),
         "pr": lambda: precision_recall(n, width, args.repeats),
         "inception": lambda: network(2 if args.small else 16, args.repeats + 2),
+        "frd": lambda: radiomic(2 if args.small else 50, args.repeats),
+        "cmmd": lambda: cmmd_in_tiles(500 if args.small else 50_000),
         "uncertainty": lambda: sure(200 if args.small else 2000, width),
         "large": lambda: large(500 if args.small else 50_000, width),
     }
