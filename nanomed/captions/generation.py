@@ -5,11 +5,32 @@ attempt, so that a caption depends on nothing else.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanomed.captions.networks.decoder import Cache, Decoder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which token comes next: at temperature 0 the likeliest, else one that is drawn."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # of the likeliest k; 0: of all
+    top_p: float = 1.0  # ... and of the fewest of them that together have this probability
+    uniform: Callable[[int], Tensor] | None = None  # step -> (B,) in [0, 1), the numbers that draw
+
+    def __post_init__(self) -> None:
+        if self.temperature > 0 and self.uniform is None:
+            raise ValueError("sampling needs `uniform`, which gives the random numbers")
+
+    def next(self, logits: Tensor, step: int) -> Tensor:
+        """The tokens (B,) of a step, of logits (B, V)."""
+        if self.temperature > 0:
+            return draw(filtered(logits, self.temperature, self.top_k, self.top_p), self.uniform(step))
+        return logits.argmax(-1)
 
 
 def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -36,40 +57,31 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def generate(
-    model: Decoder,
-    prompt: Tensor,
-    mask: Tensor,
-    steps: int,
-    ends: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    uniform: Callable[[int], Tensor] | None = None,
-    padding: int = 0,
-) -> Tensor:
-    """New tokens int64 (B, up to `steps`) after prompts: ids (B, L) or embeddings (B, L, D), padded on the left.
+    model: Decoder, prompt: Tensor, mask: Tensor, steps: int, ends: Sequence[int] = (), how: Sampling = Sampling(),
+    rows: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """New tokens int64 (B, up to `steps`) after prompts: ids (N, L) or embeddings (N, L, D), padded on the left.
 
-    A row that has met one of `ends` goes on with `padding`. Temperature 0 takes the likeliest token; otherwise
-    `uniform(step)` gives the numbers that draw it.
+    ends   tokens that end a text; behind its end a row goes on with the first of them
+    rows   which of the prompts each text goes on from (B); None: one text for each. A prompt is read once, however many
+           texts go on from it
     """
-    if temperature > 0 and uniform is None:
-        raise ValueError("sampling needs `uniform`, which gives the random numbers")
     cache, tokens = Cache(prompt.shape[1] + steps), []
+    mask = None if mask.bool().all() else mask.bool()
+    logits = model(prompt, mask, cache=cache, last=True)[:, -1]  # (N, V)
+    if rows is not None and list(rows) != list(range(len(prompt))):
+        chosen = torch.tensor(list(rows), device=prompt.device)
+        logits, mask = logits[chosen], None if mask is None else mask[chosen]
+        cache.reorder(chosen)
     stops = torch.tensor(list(ends), dtype=torch.long, device=prompt.device)
-    done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    read, mask = prompt, None if mask.bool().all() else mask.bool()
-    for step in range(steps):
-        logits = model(read, mask, cache=cache, last=True)[:, -1]  # (B, V)
-        if temperature > 0:
-            token = draw(filtered(logits, temperature, top_k, top_p), uniform(step))
-        else:
-            token = logits.argmax(-1)
-        token = token.masked_fill(done, padding)
-        tokens.append(token)
-        if len(stops):
+    done = torch.zeros(len(logits), dtype=torch.bool, device=prompt.device)
+    while len(tokens) < steps and not (ends and done.all()):  # the second waits for the device
+        if tokens:
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = model(tokens[-1][:, None], mask, cache=cache, last=True)[:, -1]  # (B, V)
+        token = how.next(logits, len(tokens))
+        if ends:
+            token = token.masked_fill(done, ends[0])
             done = done | torch.isin(token, stops)
-            if done.all():  # waits for the device
-                break
-        read = token[:, None]
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return torch.stack(tokens, dim=1) if tokens else prompt.new_zeros(len(prompt), 0, dtype=torch.long)
+        tokens.append(token)
+    return torch.stack(tokens, dim=1) if tokens else logits.new_zeros(len(logits), 0, dtype=torch.long)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions import chat
-from nanomed.captions.generation import generate
+from nanomed.captions.generation import Sampling, generate
 from nanomed.captions.memory import LayersInTurn, Shares, compiled, to_int8, writer_of
 from nanomed.captions.networks import decoder, llava, ovis
 from nanomed.captions.networks.decoder import Decoder
@@ -77,31 +77,37 @@ class Model:
 
     def generate(
         self, images: Sequence[Image.Image | None] | None, texts: Sequence[str], max_new_tokens: int = 150,
-        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, keys: Sequence | None = None,
+        seed: int = 0, keys: Sequence | None = None, **how: float,
     ) -> list[str]:  # fmt: skip
         """What the model writes after each prompt, without special tokens.
 
-        temperature   0 takes the likeliest token; else tokens are drawn, from the top_k likeliest (0: all), of which
-                      the likeliest that together have probability top_p
-        keys          a tuple of words and numbers for each text (its image, its attempt; default: its row). With
-                      `seed` it makes the text's random numbers, so the others of the batch change nothing
+        keys   a tuple of words and numbers for each text (its image, its attempt; default: its row). With `seed` it
+               makes the text's random numbers, so the others of the batch change nothing
+        how    temperature, top_k and top_p as in `generation.Sampling`: by default the likeliest token is taken
+
+        A prompt that stands there several times, with the same image object, is read once.
         """
-        embedded, mask = self.read(images or [None] * len(texts), texts)
+        images = list(images or [None] * len(texts))
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images for {len(texts)} texts")
+        if not texts:
+            return []
+        asked = list(zip(images, texts))
+        rows: dict[tuple, int] = {}  # of each prompt that is told from the others
+        of = [rows.setdefault((id(image), text), len(rows)) for image, text in asked]
+        first = [of.index(row) for row in range(len(rows))]
+        embedded, mask = self.read([asked[i][0] for i in first], [asked[i][1] for i in first])
         keys = keys if keys is not None else [(i,) for i in range(len(texts))]
         draws = [torch.Generator().manual_seed(seed_of("caption", seed, *key)) for key in keys]
 
         def uniform(step: int) -> Tensor:
             return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
 
-        padding = self.ends[0] if self.ends else 0
-        new = generate(self.writer, embedded, mask, max_new_tokens, self.ends, temperature, top_k, top_p, uniform,
-                       padding)  # fmt: skip
+        new = generate(self.writer, embedded, mask, max_new_tokens, self.ends, Sampling(**how, uniform=uniform), of)
         return [self.tokenizer.decode(self._until_end(row)) for row in new.tolist()]
 
     def read(self, images: Sequence[Image.Image | None], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts with their images -> embeddings (B, L, D) and mask bool (B, L), padded on the left."""
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} images for {len(texts)} texts")
         given = [image.convert("RGB") for image in images if image is not None]
         seen = iter(())
         if given:
