@@ -208,6 +208,10 @@ def parse(module, words: list[str]):
     from nanomed import systems
     from nanomed.run import flags
 
+    if module.__name__ == "train" and flags.said("model", words) == "captioner-tiny":
+        from nanomed.captions.__main__ import Train
+
+        return flags.parse(Train, words)
     own = {"presets": systems.recipe, "own": systems.options} if module.__name__ == "train" else {}
     return flags.parse(module.Config, words, **own)
 

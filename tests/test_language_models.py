@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import close
 
-from nanomed.captions.generation import Sampling, draw, filtered, generate
+from nanomed.captions.generation import Writing, draw, filtered, generate
 from nanomed.captions.networks.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.weights import WeightsError
 
@@ -110,15 +110,15 @@ def test_a_prompt_of_several_texts_is_read_once_and_each_goes_on_from_it(pair):
     """As if each stood in the batch by itself, drawn with the same numbers; the passes count the prompts once."""
     _, ours = pair
     numbers = torch.rand(12, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    how = Sampling(0.9, 0, 0.95, uniform=lambda step: numbers[step])
+    how = Writing((), 0.9, 0, 0.95, uniform=lambda step: numbers[step])
     prompt, mask, rows = ids(2, 15), torch.ones(2, 15, dtype=torch.bool), [0, 1, 1, 0]
     mask[1, :6] = False
     passes = []
     hook = ours.register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape)))
-    together = generate(ours, prompt, mask, 12, (), how, rows)
+    together = generate(ours, prompt, mask, 12, how, rows)
     hook.remove()
     assert passes == [(2, 15), *[(4, 1)] * 11]
-    assert torch.equal(together, generate(ours, prompt[rows], mask[rows], 12, (), how))
+    assert torch.equal(together, generate(ours, prompt[rows], mask[rows], 12, how))
     assert not torch.equal(together[1], together[2])
 
 
@@ -153,7 +153,7 @@ def test_sampling_equals_transformers_when_fed_the_same_uniform_numbers(pair, mo
     monkeypatch.setattr(torch, "multinomial", multinomial)
     expected = reference.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=True, temperature=0.8,
                                   top_k=50, top_p=0.9)[:, 17:]  # fmt: skip
-    drawn = generate(ours, prompt, mask, 40, (), Sampling(0.8, 50, 0.9, uniform=lambda step: numbers[step]))
+    drawn = generate(ours, prompt, mask, 40, Writing((), 0.8, 50, 0.9, uniform=lambda step: numbers[step]))
     assert torch.equal(drawn, expected)
     assert not torch.equal(drawn, generate(ours, prompt, mask, 40))  # not the likeliest ones
 

@@ -14,9 +14,10 @@ from nanomed.captions.networks.decoder import Cache, Decoder
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Which token comes next: at temperature 0 the likeliest, else one that is drawn."""
+class Writing:
+    """Which token comes next, at temperature 0 the likeliest, else one that is drawn; and which ends a text."""
 
+    ends: Sequence[int] = ()  # behind its end a row goes on with the first of them
     temperature: float = 0.0
     top_k: int = 0  # of the likeliest k; 0: of all
     top_p: float = 1.0  # ... and of the fewest of them that together have this probability
@@ -57,12 +58,11 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def generate(
-    model: Decoder, prompt: Tensor, mask: Tensor, steps: int, ends: Sequence[int] = (), how: Sampling = Sampling(),
+    model: Decoder, prompt: Tensor, mask: Tensor, steps: int, how: Writing = Writing(),
     rows: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """New tokens int64 (B, up to `steps`) after prompts: ids (N, L) or embeddings (N, L, D), padded on the left.
 
-    ends   tokens that end a text; behind its end a row goes on with the first of them
     rows   which of the prompts each text goes on from (B); None: one text for each. A prompt is read once, however many
            texts go on from it
     """
@@ -73,15 +73,15 @@ def generate(
         chosen = torch.tensor(list(rows), device=prompt.device)
         logits, mask = logits[chosen], None if mask is None else mask[chosen]
         cache.reorder(chosen)
-    stops = torch.tensor(list(ends), dtype=torch.long, device=prompt.device)
+    stops = torch.tensor(list(how.ends), dtype=torch.long, device=prompt.device)
     done = torch.zeros(len(logits), dtype=torch.bool, device=prompt.device)
-    while len(tokens) < steps and not (ends and done.all()):  # the second waits for the device
+    while len(tokens) < steps and not (how.ends and done.all()):  # the second waits for the device
         if tokens:
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = model(tokens[-1][:, None], mask, cache=cache, last=True)[:, -1]  # (B, V)
         token = how.next(logits, len(tokens))
-        if ends:
-            token = token.masked_fill(done, ends[0])
+        if how.ends:
+            token = token.masked_fill(done, how.ends[0])
             done = done | torch.isin(token, stops)
         tokens.append(token)
     return torch.stack(tokens, dim=1) if tokens else logits.new_zeros(len(logits), 0, dtype=torch.long)

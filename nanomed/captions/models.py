@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions import chat
-from nanomed.captions.generation import Sampling, generate
-from nanomed.captions.memory import LayersInTurn, Shares, compiled, to_int8, writer_of
+from nanomed.captions.generation import Writing, generate
+from nanomed.captions.memory import LayersInTurn, Shares, to_int8, writer_of
 from nanomed.captions.networks import decoder, llava, ovis
 from nanomed.captions.networks.decoder import Decoder
 from nanomed.captions.networks.llava import LlavaNext
@@ -43,6 +43,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where tokens come in: of the layers, others may be elsewhere (memory.py)."""
         return next(self.network.parameters()).device
 
     def ask(self, question: str) -> str:
@@ -83,7 +84,7 @@ class Model:
 
         keys   a tuple of words and numbers for each text (its image, its attempt; default: its row). With `seed` it
                makes the text's random numbers, so the others of the batch change nothing
-        how    temperature, top_k and top_p as in `generation.Sampling`: by default the likeliest token is taken
+        how    temperature, top_k and top_p as in `generation.Writing`: by default the likeliest token is taken
 
         A prompt that stands there several times, with the same image object, is read once.
         """
@@ -103,7 +104,8 @@ class Model:
         def uniform(step: int) -> Tensor:
             return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
 
-        new = generate(self.writer, embedded, mask, max_new_tokens, self.ends, Sampling(**how, uniform=uniform), of)
+        writing = Writing(self.ends, **how, uniform=uniform)
+        new = generate(self.writer, embedded, mask, max_new_tokens, writing, of)
         return [self.tokenizer.decode(self._until_end(row)) for row in new.tolist()]
 
     def read(self, images: Sequence[Image.Image | None], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ class Model:
 
 def load(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False,
-    place: str = "device", compile: bool = False, ranks: Ranks = ALONE,
+    place: str = "device", ranks: Ranks = ALONE,
 ) -> Model:  # fmt: skip
     """The model of a folder, or of a repository that `weights.find` finds: its family is told by `config.json`.
 
@@ -163,9 +165,9 @@ def load(
     int8    keep the language model's products in whole numbers, row by row: 8 billion weights in 10 GB
     place   of the language model's layers: "device"; "cpu": they come to the device one by one; "share": each of
             `ranks` holds a share, and all must call the model's `finish` when they have nothing left to write
-    compile let torch.compile fuse what it can: a minute at first, faster then
 
-    Raises WeightsError. Its parameters do not train.
+    `memory.compiled(model.writer)` lets torch.compile fuse what it can. Its parameters do not train. Raises
+    WeightsError.
     """
     if int8 and place == "share":
         raise ValueError("shares are of weights as they are, not of whole numbers: int8 or place share, not both")
@@ -182,8 +184,6 @@ def load(
         shares = Shares(network, ranks)
     else:
         network.to(device)
-    if compile:
-        compiled(writer_of(network))
     tokenizer = read_tokenizer(path)
     return Model(network, tokenizer, ends_of(path, said, tokenizer), said.get("prompt", ""), shares)
 

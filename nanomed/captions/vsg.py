@@ -76,6 +76,8 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
+    """An image to be captioned."""
+
     name: str  # relative to the data folder: the CSV's `file_name`
     path: Path
     category: str  # "" where nothing says it
@@ -212,6 +214,7 @@ class Journal(journal.Journal):
         super().__init__(out, settings, key="file_name")
 
     def append(self, result: Result) -> None:
+        """Write a picture's line, unless another process has."""
         super().append(asdict(result))
 
     def results(self) -> dict[str, Result]:

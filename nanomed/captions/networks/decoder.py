@@ -48,6 +48,7 @@ class DecoderConfig:
     final_logit_softcapping: float | None = None
 
     def windowed(self, layer: int) -> bool:
+        """Whether a layer looks back through a window: all of Mistral, every other one of Gemma 2."""
         return self.sliding_window is not None and (self.model_type != "gemma2" or layer % 2 == 0)
 
     @classmethod
@@ -182,6 +183,8 @@ class Places(NamedTuple):
 
 
 class Attention(nn.Module):
+    """Queries in groups, each with keys and values of its own (Ainslie et al. 2023), turned by their places."""
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
         bias = c.model_type == "qwen2"
@@ -257,6 +260,8 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
+    """What the published names call `model`: all but the head."""
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)

@@ -155,6 +155,8 @@ def _parts(length: int, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class OvisConfig:
+    """The shapes of an Ovis; the defaults are those of Ovis 2, its text aside."""
+
     text: DecoderConfig
     tower: TowerConfig = TowerConfig()
     vocabulary: int = 65536  # visual, with the five signs
@@ -229,6 +231,7 @@ class Ovis(nn.Module):
 
     @property
     def writer(self) -> Decoder:
+        """The language model, under the name that memory.py and models.py ask for."""
         return self.llm
 
     @property
