@@ -27,7 +27,7 @@ WALLS = {  # a wing, and the wings that its files may import besides their own; 
     "autoencoders": "layers weights",
     "adapters": "weights run",
     "metrics": "weights run",
-    "captions": "text data weights run",
+    "captions": "text layers data weights run",
     # floor 4: a paper's system, and a set of images with every number about it
     "systems": "diffusion text denoisers autoencoders adapters data weights run",
     "evaluation": "metrics text data weights run",

@@ -106,7 +106,7 @@ class Train:
     scenes: Annotated[int, "1 .. 10^6"] = 3000  # of the toy world
     lr: Annotated[float, "> 0"] = 2e-3  # the largest learning rate; it rises over 100 steps and falls by a cosine
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of weights and batches
-    device: str = ""  # as of vsg
+    device: str = ""  # cuda, cuda:1, mps or cpu; empty: the best there is
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanomed.captions.networks.decoder import Cache, Decoder
+from nanomed.layers.devices import wide
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """The token (B,) at which the summed probabilities, in the order of the vocabulary, pass `uniform` (B,)."""
-    place = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
-    sums = logits.to(place, torch.float64).softmax(-1).cumsum(-1)
+    sums = logits.to(wide(logits.device), torch.float64).softmax(-1).cumsum(-1)
     target = uniform.to(sums)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1).to(logits.device)
 
