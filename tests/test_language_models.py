@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import close
 
-from nanomed.captions.generation import Writing, draw, filtered, generate
+from nanomed.captions.generation import Prompts, Writing, draw, filtered, generate
 from nanomed.captions.networks.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.weights import WeightsError
 
@@ -115,10 +115,18 @@ def test_a_prompt_of_several_texts_is_read_once_and_each_goes_on_from_it(pair):
     mask[1, :6] = False
     passes = []
     hook = ours.register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape)))
-    together = generate(ours, prompt, mask, 12, how, rows)
-    hook.remove()
+    prompts = Prompts(ours, prompt, mask, 12)
+    prompts.choose(rows)
+    together = prompts.write(12, how)
     assert passes == [(2, 15), *[(4, 1)] * 11]
     assert torch.equal(together, generate(ours, prompt[rows], mask[rows], 12, how))
+    del passes[:]
+    assert torch.equal(prompts.write(12, how), together)  # and again, from where they ended
+    prompts.choose([2, 3])
+    likeliest = prompts.write(12)
+    hook.remove()
+    assert passes == [(4, 1)] * 11 + [(2, 1)] * 11
+    assert torch.equal(likeliest, generate(ours, prompt[[1, 0]], mask[[1, 0]], 12))
     assert not torch.equal(together[1], together[2])
 
 

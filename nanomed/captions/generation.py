@@ -57,31 +57,42 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(sums, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1).to(logits.device)
 
 
-def generate(
-    model: Decoder, prompt: Tensor, mask: Tensor, steps: int, how: Writing = Writing(),
-    rows: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """New tokens int64 (B, up to `steps`) after prompts: ids (N, L) or embeddings (N, L, D), padded on the left.
+class Prompts:
+    """Prompts that a model has read: any number of texts go on from them, and they are read once.
 
-    rows   which of the prompts each text goes on from (B); None: one text for each. A prompt is read once, however many
-           texts go on from it
+    prompt, mask   ids (N, L) or embeddings (N, L, D), and bool (N, L), padded on the left
+    steps          tokens that are expected behind them
     """
-    cache, tokens = Cache(prompt.shape[1] + steps), []
-    mask = None if mask.bool().all() else mask.bool()
-    logits = model(prompt, mask, cache=cache, last=True)[:, -1]  # (N, V)
-    if rows is not None and list(rows) != list(range(len(prompt))):
-        chosen = torch.tensor(list(rows), device=prompt.device)
-        logits, mask = logits[chosen], None if mask is None else mask[chosen]
-        cache.reorder(chosen)
-    stops = torch.tensor(list(how.ends), dtype=torch.long, device=prompt.device)
-    done = torch.zeros(len(logits), dtype=torch.bool, device=prompt.device)
-    while len(tokens) < steps and not (how.ends and done.all()):  # the second waits for the device
-        if tokens:
-            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = model(tokens[-1][:, None], mask, cache=cache, last=True)[:, -1]  # (B, V)
-        token = how.next(logits, len(tokens))
-        if how.ends:
-            token = token.masked_fill(done, how.ends[0])
-            done = done | torch.isin(token, stops)
-        tokens.append(token)
-    return torch.stack(tokens, dim=1) if tokens else logits.new_zeros(len(logits), 0, dtype=torch.long)
+
+    def __init__(self, model: Decoder, prompt: Tensor, mask: Tensor, steps: int):
+        self.model, self.length, self.cache = model, prompt.shape[1], Cache(prompt.shape[1] + steps)
+        self.mask = None if mask.bool().all() else mask.bool()
+        self.logits = model(prompt, self.mask, cache=self.cache, last=True)[:, -1]  # (N, V)
+
+    def choose(self, rows: Sequence[int]) -> None:
+        """Keep these, in this order; one that is named several times stands there as often."""
+        if list(rows) != list(range(len(self.logits))):
+            chosen = torch.tensor(list(rows), device=self.logits.device)
+            self.logits, self.mask = self.logits[chosen], None if self.mask is None else self.mask[chosen]
+            self.cache.reorder(chosen)
+
+    def write(self, steps: int, how: Writing = Writing()) -> Tensor:
+        """New tokens int64 (N, up to `steps`) behind each. What was written before is written over."""
+        self.cache.length, logits, mask, tokens = self.length, self.logits, self.mask, []
+        stops = torch.tensor(list(how.ends), dtype=torch.long, device=logits.device)
+        done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        while len(tokens) < steps and not (how.ends and done.all()):  # the second waits for the device
+            if tokens:
+                mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                logits = self.model(tokens[-1][:, None], mask, cache=self.cache, last=True)[:, -1]  # (N, V)
+            token = how.next(logits, len(tokens))
+            if how.ends:
+                token = token.masked_fill(done, how.ends[0])
+                done = done | torch.isin(token, stops)
+            tokens.append(token)
+        return torch.stack(tokens, dim=1) if tokens else stops.new_zeros(len(logits), 0)
+
+
+def generate(model: Decoder, prompt: Tensor, mask: Tensor, steps: int, how: Writing = Writing()) -> Tensor:
+    """New tokens int64 (B, up to `steps`), one text behind each of the prompts of `Prompts`."""
+    return Prompts(model, prompt, mask, steps).write(steps, how)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions import chat
-from nanomed.captions.generation import Writing, generate
+from nanomed.captions.generation import Prompts, Writing
 from nanomed.captions.memory import LayersInTurn, Shares, to_int8, writer_of
 from nanomed.captions.networks import decoder, llava, ovis
 from nanomed.captions.networks.decoder import Decoder
@@ -78,13 +78,15 @@ class Model:
 
     def generate(
         self, images: Sequence[Image.Image | None] | None, texts: Sequence[str], max_new_tokens: int = 150,
-        seed: int = 0, keys: Sequence | None = None, **how: float,
+        seed: int = 0, keys: Sequence | None = None, known: dict | None = None, **how: float,
     ) -> list[str]:  # fmt: skip
         """What the model writes after each prompt, without special tokens.
 
-        keys   a tuple of words and numbers for each text (its image, its attempt; default: its row). With `seed` it
-               makes the text's random numbers, so the others of the batch change nothing
-        how    temperature, top_k and top_p as in `generation.Writing`: by default the likeliest token is taken
+        keys    a tuple of words and numbers for each text (its image, its attempt; default: its row). With `seed` it
+                makes the text's random numbers, so the others of the batch change nothing
+        known   a dict of the caller's, empty at first: where the next call is about the same prompts (the same image
+                objects), or some of them, they are not read again. It holds their keys and values
+        how     temperature, top_k and top_p as in `generation.Writing`: by default the likeliest token is taken
 
         A prompt that stands there several times, with the same image object, is read once.
         """
@@ -93,19 +95,23 @@ class Model:
             raise ValueError(f"{len(images)} images for {len(texts)} texts")
         if not texts:
             return []
-        asked = list(zip(images, texts))
-        rows: dict[tuple, int] = {}  # of each prompt that is told from the others
-        of = [rows.setdefault((id(image), text), len(rows)) for image, text in asked]
-        first = [of.index(row) for row in range(len(rows))]
-        embedded, mask = self.read([asked[i][0] for i in first], [asked[i][1] for i in first])
+        known = {} if known is None else known
+        asked = [(id(image), text) for image, text in zip(images, texts)]
+        if not set(asked) <= set(known.get("asked", ())):
+            known.clear()  # before there is more
+            first = [asked.index(one) for one in dict.fromkeys(asked)]
+            embedded, mask = self.read([images[i] for i in first], [texts[i] for i in first])
+            known["prompts"] = Prompts(self.writer, embedded, mask, max_new_tokens)
+            known["asked"] = [asked[i] for i in first]
+        known["prompts"].choose([known["asked"].index(one) for one in asked])
+        known["asked"], known["images"] = asked, images  # an image that is kept shares its id with no other
         keys = keys if keys is not None else [(i,) for i in range(len(texts))]
         draws = [torch.Generator().manual_seed(seed_of("caption", seed, *key)) for key in keys]
 
         def uniform(step: int) -> Tensor:
             return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
 
-        writing = Writing(self.ends, **how, uniform=uniform)
-        new = generate(self.writer, embedded, mask, max_new_tokens, writing, of)
+        new = known["prompts"].write(max_new_tokens, Writing(self.ends, **how, uniform=uniform))
         return [self.tokenizer.decode(self._until_end(row)) for row in new.tolist()]
 
     def read(self, images: Sequence[Image.Image | None], texts: Sequence[str]) -> tuple[Tensor, Tensor]:

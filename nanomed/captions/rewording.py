@@ -152,6 +152,7 @@ def reword(model: Writer, prompt: str, rules: Rules, effort: Effort) -> dict:
 
     Answers are judged in their order, whatever the batch, and those behind the last that is needed do not count.
     """
+    known: dict = {}
     kept: list[str] = []
     refused: list[dict] = []
     asked, longest = 0, 4 * len(prompt.split()) + 40
@@ -159,7 +160,8 @@ def reword(model: Writer, prompt: str, rules: Rules, effort: Effort) -> dict:
     while len(kept) < effort.count and asked < effort.attempts:
         now = range(asked + 1, 1 + min(asked + min(effort.batch, effort.count - len(kept)), effort.attempts))
         answers = model.generate(None, [text] * len(now), max_new_tokens=longest, seed=effort.seed,
-                                 keys=[("paraphrase", prompt, attempt) for attempt in now], **SAMPLING)  # fmt: skip
+                                 keys=[("paraphrase", prompt, attempt) for attempt in now], known=known,
+                                 **SAMPLING)  # fmt: skip
         for attempt, answer in zip(now, answers):
             wording, why = rules.judge(prompt, answer, kept)
             kept += [] if why else [wording]

@@ -205,12 +205,12 @@ def caption(
     asked = {p.name: question(modality, p.category) for p in batch}
     results = {p.name: Result(p.name, p.category) for p in batch}
     images: dict[str, Image.Image] = {p.name: open_rgb(p.path, p.range) for p in batch}
-    waiting = list(batch)
+    waiting, known = list(batch), {}
     for attempt in range(1, attempts + 1):
         prompts = [model.ask(asked[p.name][0]) for p in waiting]
         try:
             answers = model.generate([images[p.name] for p in waiting], prompts, seed=seed,
-                                     keys=[(p.name, attempt) for p in waiting], **SAMPLING)  # fmt: skip
+                                     keys=[(p.name, attempt) for p in waiting], known=known, **SAMPLING)  # fmt: skip
         except Narrow as error:
             raise DataError(f"{', '.join(str(p.path) for p in waiting)}: {error}") from error
         again = []

@@ -27,7 +27,7 @@ from test_llava import picture, save_tokenizer  # noqa: E402
 
 import nanomed.captions  # noqa: E402
 from nanomed import weights  # noqa: E402
-from nanomed.captions.generation import generate  # noqa: E402
+from nanomed.captions.generation import Prompts, generate  # noqa: E402
 from nanomed.captions.memory import LayersInTurn  # noqa: E402
 from nanomed.captions.networks.decoder import Decoder, DecoderConfig, load_decoder  # noqa: E402
 
@@ -109,9 +109,14 @@ def main() -> None:
               f"{batch * (said.new - 1) / decode[0]:,.0f} tokens a second here")  # fmt: skip
         taken[batch] = whole[0]
     read_image(said, config, dtype)
-    once, four = torch.ones_like(ids[:1]), ids[:1].expand(4, -1)
-    compare("one prompt for four answers", lambda: generate(here, ids[:1], once, said.new, rows=[0] * 4),  # noqa: B023
-            lambda: generate(here, four, mask[:4], said.new), said.repeats, said.device)  # noqa: B023  # fmt: skip
+
+    def four() -> torch.Tensor:
+        prompts = Prompts(here, ids[:1], mask[:1], said.new)  # noqa: B023
+        prompts.choose([0] * 4)
+        return prompts.write(said.new)
+
+    compare("one prompt for four answers", four,
+            lambda: generate(here, ids[:1].expand(4, -1), mask[:4], said.new), said.repeats, said.device)  # noqa: B023  # fmt: skip
     for name, network in (("layers in turn", turned), ("all on the device", here)):
         compare(f"{name}, batch 1", lambda: generate(network, ids[:1], mask[:1], said.new),  # noqa: B023
                 lambda: generate(here, ids[:1], mask[:1], said.new), said.repeats, said.device)  # fmt: skip

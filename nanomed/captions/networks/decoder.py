@@ -130,7 +130,8 @@ class Cache:
 
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
-        self.blocks = [[block.index_select(0, rows) for block in pair] for pair in self.blocks]
+        for pair in self.blocks:  # one layer after the other, so that no two caches are there at a time
+            pair[:] = [block.index_select(0, rows) for block in pair]
 
 
 class RMSNorm(nn.Module):
