@@ -61,9 +61,11 @@ class Model:
         return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
 
     def say(self, question: str, system: str = "") -> str:
-        """The prompt that asks something in words, in the conversation of this family's Instruct models."""
+        """The prompt that asks something in words, in the conversation of this family's Instruct models. Where no
+        system is given, it is the one that the family's template has for that, if any."""
         family, tokenizer = self.writer.config.model_type, self.tokenizer
-        return chat.template(family, lambda mark: tokenizer.token_to_id(mark) is not None)([question], system)
+        asked = chat.template(family, lambda mark: tokenizer.token_to_id(mark) is not None)
+        return asked([question], system) if system else asked([question])
 
     def finish(self) -> None:
         """To be called when there is nothing left to write: where processes share the layers, the others may need
