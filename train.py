@@ -8,6 +8,7 @@ Read from `main` downwards: the order of the file is the order of events.
 """
 
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -90,6 +91,10 @@ class Config:
 
 
 def main() -> int:
+    if flags.said("model") == "captioner-tiny":  # no system: it writes captions, and has flags of its own
+        from nanomed.captions.__main__ import train as train_captioner
+
+        return train_captioner(sys.argv[1:])
     config, before = read_flags()
     ranges.judge(config.range)
     ranks = Ranks.join(config.device)

@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_the_next_token():
 
 def test_it_learns_by_heart_what_it_is_shown():
     """A few scenes in a few steps, end included."""
-    model = tiny.train(steps=90, batch=2, scenes=2, lr=5e-3)
+    model = tiny.train(tiny.Recipe(steps=90, batch=2, scenes=2, lr=5e-3))
     images = [Image.fromarray(toy.render(toy.scene(i), 96)) for i in range(2)]
     texts = model.generate(images, [tiny.PROMPT] * 2, max_new_tokens=60)
     assert texts == [tiny.describe(toy.scene(i)) for i in range(2)]

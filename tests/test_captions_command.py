@@ -119,6 +119,25 @@ def test_mistakes_are_one_line_and_write_nothing(words, there, capsys, monkeypat
     assert code in (2, 3, 4) and len(said.strip().splitlines()) == 1 and listing(there) == before
 
 
+def test_train_py_trains_the_captioner(there, monkeypatch, capsys):
+    """By its flags, under the names that people type, too; into the folder of a captioner again, and no other's."""
+    import train
+
+    recipes = []
+    monkeypatch.setattr(nanomed.captions.tiny, "train", lambda recipe, bar, device: recipes.append(recipe)
+                        or nanomed.captions.tiny.build())  # fmt: skip
+    words = "--model captioner-tiny --max_train_steps 3 --seed 4 --batch 2 --learning_rate 0.1 --scenes 5".split()
+    for _ in range(2):
+        code, said = called(train.main, [*words, "--out", "made"], capsys, monkeypatch)
+        assert code == 0 and not said
+    assert recipes == [nanomed.captions.tiny.Recipe(3, 2, 5, 0.1, 4)] * 2
+    assert nanomed.captions.tiny.PROMPT in nanomed.weights.settings(there / "made", "it")["prompt"]
+    (there / "other").mkdir()
+    (there / "other" / "config.json").write_text('{"model_type": "llama"}')
+    code, said = called(train.main, [*words, "--out", "other"], capsys, monkeypatch)
+    assert code == 2 and "config.json is there already" in said and len(said.splitlines()) == 1 and len(recipes) == 2
+
+
 def test_nothing_is_written_over_that_somebody_else_made(there, monkeypatch):
     """A file of that name, of whichever command; what the commands themselves wrote they may write again."""
     for verb, extra in (("vsg", []), ("simplify", []), ("paraphrase", [])):

@@ -192,7 +192,7 @@ def test_the_cache_takes_what_it_is_said_to_take(monkeypatch):
                                                         ("ovis", 10.2, 32, 24), ("ovis2", 8.9, 24, 16)])  # fmt: skip
 def test_what_the_known_captioners_need_in_bfloat16(name, billions, card, int8):
     """Four images at a time: all but Ovis 1.6 fit 24 GB whole, and that does in whole numbers or in turn."""
-    text = sizes.report(sizes.sketch(name), torch.bfloat16, 4, 150, 2, name, 1000)
+    text = sizes.report(name, sizes.sketch(name), torch.bfloat16, sizes.Job(1000))
     assert f"{billions} billion weights" in text
     assert f"{card} GB" in text.split("--place device")[1].splitlines()[0]
     assert f"{int8} GB" in text.split("--place device --int8")[1].splitlines()[0]

@@ -1,9 +1,12 @@
 """Chat templates against transformers' rendering of the published Jinja templates."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanomed.captions import chat
+from nanomed.captions.models import Model
 from nanomed.weights import WeightsError
 
 LLAMA3 = (
@@ -94,6 +97,16 @@ def test_the_tokenizer_tells_which_template_and_whether_there_is_one():
         with pytest.raises(WeightsError, match="Instruct"):
             chat.template(family, set().__contains__)
     assert chat.mistral3(["a", "b", "c"], "Be brief.") == "[INST] a[/INST] b</s>[INST] Be brief.\n\nc[/INST]"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
+def test_a_model_asks_as_its_template_does_with_a_system_and_without(family):
+    """Qwen's says who it is where nobody says it: an empty system would be another conversation."""
+    tokenizer = SimpleNamespace(token_to_id=lambda mark: 1 if mark == chat.MARKS.get(family) else None)
+    model = SimpleNamespace(writer=SimpleNamespace(config=SimpleNamespace(model_type=family)), tokenizer=tokenizer)
+    assert Model.say(model, "What is seen?") == rendered(family, ["What is seen?"])
+    if family in ("llama", "qwen2"):
+        assert Model.say(model, "What?", "Be brief.") == rendered(family, ["What?"], "Be brief.")
 
 
 def test_the_conversations_of_ovis():

@@ -29,7 +29,7 @@ WALLS = {  # a wing, and the wings that its files may import besides their own; 
     "autoencoders": "layers weights",
     "adapters": "weights run",
     "metrics": "weights run",
-    "captions": "text data weights run",
+    "captions": "text layers data weights run",
     # floor 4: a paper's system, and a set of images with every number about it
     "systems": "diffusion text denoisers autoencoders adapters data weights run",
     "evaluation": "metrics text data weights run",
@@ -251,6 +251,10 @@ def parse(module, words: list[str]):
     from nanomed import systems
     from nanomed.run import flags
 
+    if module.__name__ == "train" and flags.said("model", words) == "captioner-tiny":
+        from nanomed.captions.__main__ import Train
+
+        return flags.parse(Train, words)
     own = {"presets": systems.recipe, "own": systems.options} if module.__name__ == "train" else {}
     return flags.parse(module.Config, words, **own)
 

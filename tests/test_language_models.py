@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import close
 
-from nanomed.captions.generation import draw, filtered, generate
+from nanomed.captions.generation import Prompts, Writing, draw, filtered, generate
 from nanomed.captions.networks.decoder import Cache, DecoderConfig, load_decoder
 from nanomed.weights import WeightsError
 
@@ -76,6 +76,60 @@ def test_left_padded_batches_equal_single_ones(pair):
     assert torch.equal(generate(ours, prompt, mask, 24)[:1], single)
 
 
+def test_the_last_places_logits_are_those_of_a_whole_pass(pair):
+    """Of a prompt padded on the left, too; and behind a cache, whose last layer has the keys and values of all."""
+    _, ours = pair
+    prompt, mask = ids(3, 21), torch.ones(3, 21, dtype=torch.bool)
+    mask[0, :8] = mask[1, :20] = False
+    for told in (None, mask):
+        whole, cache = ours(prompt, told), Cache()
+        close(ours(prompt, told, cache=cache, last=True), whole[:, -1:], 1e-5)
+        more = None if told is None else torch.cat([told, told[:, -1:].expand(-1, 5)], dim=1)
+        longer = ours(torch.cat([prompt, prompt[:, :5]], dim=1), more)
+        close(ours(prompt[:, :5], more, cache=cache, last=True), longer[:, -1:], 1e-5)
+
+
+def test_the_last_layer_computes_the_last_place_alone(pair):
+    """Rows that its matrices multiply: keys and values of all places, all else of one; the other layers of all."""
+    _, ours = pair
+    rows: dict[str, int] = {}
+    hooks = [module.register_forward_hook(lambda _, given, made, name=name: rows.update({name: given[0].shape[1]}))
+             for name, module in ours.named_modules() if isinstance(module, torch.nn.Linear)]  # fmt: skip
+    ours(ids(), last=True)
+    for hook in hooks:
+        hook.remove()
+    final = f"model.layers.{len(ours.model.layers) - 1}."
+    for name, count in rows.items():
+        if name.startswith("model.layers."):
+            one = name.startswith(final) and not name.endswith(("k_proj", "v_proj"))
+            assert count == (1 if one else 21), name
+    assert len(rows) >= 3 * 7
+
+
+def test_a_prompt_of_several_texts_is_read_once_and_each_goes_on_from_it(pair):
+    """As if each stood in the batch by itself, drawn with the same numbers; the passes count the prompts once."""
+    _, ours = pair
+    numbers = torch.rand(12, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    how = Writing((), 0.9, 0, 0.95, uniform=lambda step: numbers[step])
+    prompt, mask, rows = ids(2, 15), torch.ones(2, 15, dtype=torch.bool), [0, 1, 1, 0]
+    mask[1, :6] = False
+    passes = []
+    hook = ours.register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape)))
+    prompts = Prompts(ours, prompt, mask, 12)
+    prompts.choose(rows)
+    together = prompts.write(12, how)
+    assert passes == [(2, 15), *[(4, 1)] * 11]
+    assert torch.equal(together, generate(ours, prompt[rows], mask[rows], 12, how))
+    del passes[:]
+    assert torch.equal(prompts.write(12, how), together)  # and again, from where they ended
+    prompts.choose([2, 3])
+    likeliest = prompts.write(12)
+    hook.remove()
+    assert passes == [(4, 1)] * 11 + [(2, 1)] * 11
+    assert torch.equal(likeliest, generate(ours, prompt[[1, 0]], mask[[1, 0]], 12))
+    assert not torch.equal(together[1], together[2])
+
+
 @pytest.mark.parametrize("temperature, top_k, top_p", [(0.8, 50, 0.9), (1.0, 0, 1.0), (1.7, 5, 1.0), (0.3, 0, 0.5),
                                                        (0.8, 500, 0.01), (0.8, 1, 0.9)])  # fmt: skip
 def test_filters_equal_transformers_in_its_order(temperature, top_k, top_p):
@@ -107,7 +161,7 @@ def test_sampling_equals_transformers_when_fed_the_same_uniform_numbers(pair, mo
     monkeypatch.setattr(torch, "multinomial", multinomial)
     expected = reference.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=True, temperature=0.8,
                                   top_k=50, top_p=0.9)[:, 17:]  # fmt: skip
-    drawn = generate(ours, prompt, mask, 40, (), 0.8, 50, 0.9, uniform=lambda step: numbers[step])
+    drawn = generate(ours, prompt, mask, 40, Writing((), 0.8, 50, 0.9, uniform=lambda step: numbers[step]))
     assert torch.equal(drawn, expected)
     assert not torch.equal(drawn, generate(ours, prompt, mask, 40))  # not the likeliest ones
 

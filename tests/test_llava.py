@@ -156,6 +156,28 @@ def test_batches_of_unequal_prompts_equal_single_ones_drawn_too(miniature):
     assert miniature.ours.generate(images, texts, keys=[("a", 2), ("b", 2)], **how) != together
 
 
+def test_a_refused_answer_is_drawn_again_without_another_look(miniature):
+    """The retry is that of a model that never saw the prompt before; other images, or none, are looked at anew."""
+    ours, images = miniature.ours, [picture((60, 45)), picture((19, 11), 1), picture((56, 56), 2)]
+    texts = [PROMPT, "<image>and a longer question about it?", PROMPT]
+    how, known, looks = dict(max_new_tokens=12, temperature=0.8, seed=5), {}, []
+    hook = ours.network.vision_tower.vision_model.embeddings.register_forward_hook(lambda *_: looks.append(1))
+    ours.generate(images, texts, keys=[(k, 1) for k in "abc"], known=known, **how)
+    assert len(looks) == 1
+    for rows in ([0, 2], [2], [2, 2]):
+        some, said, keys = [images[i] for i in rows], [texts[i] for i in rows], [("abc"[i], i, n) for n, i in
+                                                                                   enumerate(rows)]  # fmt: skip
+        again = ours.generate(some, said, keys=keys, known=known, **how)
+        assert len(looks) == 1
+        assert again == [ours.generate([i], [t], keys=[k], **how)[0] for i, t, k in zip(some, said, keys)]
+        del looks[1:]
+    ours.generate([images[2], images[0].copy()], [PROMPT] * 2, known=known, **how)
+    ours.generate([None], ["words alone"], known=known, **how)
+    hook.remove()
+    assert len(looks) == 2 and len(known["asked"]) == 1
+    assert ours.generate([], []) == []
+
+
 def test_the_prompt_and_its_images_must_agree(miniature):
     with pytest.raises(ValueError, match="0 <image> for 1 image"):
         miniature.ours.logits(picture((20, 20)), "no image")

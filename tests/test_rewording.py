@@ -18,7 +18,7 @@ from test_llava import save_tokenizer
 from nanomed.captions import paraphrase, rewording
 from nanomed.captions.journal import Journal
 from nanomed.captions.reading import facts, facts_of
-from nanomed.captions.rewording import Encoder, Rules, cleaned, reword
+from nanomed.captions.rewording import Effort, Encoder, Rules, cleaned, reword
 from nanomed.data import grammar
 from nanomed.data.table import Row, Table, with_paraphrases
 from nanomed.run.flags import UsageError
@@ -157,11 +157,11 @@ class Canned:
 
 
 def test_wordings_do_not_depend_on_how_many_are_drawn_together():
-    records = [reword(Canned(), TWO, Rules(), 5, 40, batch, 0) for batch in (1, 3, 10)]
+    records = [reword(Canned(), TWO, Rules(), Effort(5, 40, batch)) for batch in (1, 3, 10)]
     assert records[0] == records[1] == records[2]
     assert len(records[0]["texts"]) == 5 == len(set(records[0]["texts"]))
     assert {refusal["why"] for refusal in records[0]["refused"]} >= {"meaning", "double"}
-    few = reword(Canned(), TWO, Rules(), 50, 6, 4, 0)
+    few = reword(Canned(), TWO, Rules(), Effort(50, 6, 4))
     assert few["attempts"] == 6 and len(few["texts"]) + len(few["refused"]) == 6
     said = rewording.statistics([few], 50)
     assert "of 6 answers" in said and "meaning: 2" in said and f"of {TWO!r}" in said
@@ -176,7 +176,7 @@ def work(out: Path, rank: int = 0, world: int = 1, slow: float = 0.0) -> None:
     done = journal.records()
     for prompt in PROMPTS[rank::world]:
         if prompt not in done:
-            journal.append(reword(model, prompt, Rules(), 2, 9, 9, 0))
+            journal.append(reword(model, prompt, Rules(), Effort(2, 9, 9)))
     rewording.write_csv(journal, PROMPTS)
 
 

@@ -115,6 +115,22 @@ def test_refused_answers_are_drawn_again_with_the_others_left_alone(tmp_path):
     ("An endoscopic image of normal z-line with an ulcer.", "normal z-line", ["contradicts the category"]),
     ("A dermoscopic image of melanoma, which seems benign.", "melanoma", ["contradicts the category"]),
     ("A dermoscopic image of a benign lesion.", "benign keratosis", []),
+    ("An endoscopic image of patient Olsen, a polyp of 0.5-1.0 cm.", "polyps", ["person"]),
+    ("An endoscopic image of 3rd of March, from ST OLAVS HOSPITAL.", "polyps", ["date", "hospital"]),
+    ("An endoscopic image. May 4 marks, 12 Oct. too.", "polyps", ["date"]),
+    ("An endoscopic image with a watermark.", "polyps", ["burnt-in text"]),
+    ("An endoscopic image with white text in the upper left corner.", "polyps", ["burnt-in text"]),
+    ("An endoscopic image with the label \u201cOlympus\u201d at 14:32.", "polyps", ["burnt-in text"]),
+    ("An endoscopic image with texture, large numbers of folds at the top, and a ratio of 3 to 1.", "polyps", []),
+    ("An endoscopic image with no evidence of polyps.", "polyps", ["contradicts the category"]),
+    ("An endoscopic image of polyps, without bleeding.", "polyps", []),
+    ("An endoscopic image of normal cecum with no polyps, ulcers or lesions.", "normal cecum", []),
+    ("An endoscopic image of normal cecum, no ulcers but a small polyp.", "normal cecum", ["contradicts the category"]),
+    ("An endoscopic image of normal cecum. It is free of inflammation. A lesion is seen.", "normal cecum",
+     ["contradicts the category"]),
+    ("A dermoscopic image of nevus, not malignant.", "nevus", []),
+    ("An endoscopic image of ulcerative colitis without any signs of inflammation.", "ulcerative colitis",
+     ["contradicts the category"]),
 ])  # fmt: skip
 def test_captions_that_give_away_or_contradict_are_marked(text, category, expected):
     assert vsg.flags(text, category) == expected
@@ -127,6 +143,8 @@ def test_pictures_are_found_in_any_layout(tmp_path):
     assert {p.category for p in vsg.pictures(spec)} == {"dyed lifted polyps", "normal z line"}
     (tmp_path / "data" / "metadata.csv").write_text("file_name,text,category\ndyed-lifted-polyps/1.png,x,lumps\n")
     assert [p.category for p in vsg.pictures(spec)] == ["lumps"]
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,text,category\nnormal_z-line/0.png,x,<image> a <5mm_p\n")
+    assert [p.category for p in vsg.pictures(spec)] == ["a <5mm p"]  # a mark would be a second image in the prompt
     for wrong in ("folder:/nowhere", f"folder:{tmp_path / 'empty'}"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(DataError, match="no such folder|no images"):
@@ -225,6 +243,18 @@ def test_half_a_line_at_the_end_is_cut_off_and_its_picture_done_again(tmp_path):
         out.unlink()
         work(out, spec)
         assert out.read_bytes() == before and journal.read_bytes() == content
+
+
+def test_an_image_that_is_a_mere_line_is_named(tmp_path):
+    """In the middle of a run, by its path and size, and what was done before stays."""
+    import nanomed.captions
+    from nanomed.captions import tiny
+
+    tiny.save(tiny.build(), tmp_path / "tiny")
+    Image.new("RGB", (900, 1)).save(tmp_path / "line.png")
+    pictures = [Picture("line.png", tmp_path / "line.png", "")]
+    with pytest.raises(DataError, match="line.png: an image of 900 x 1 pixels is too narrow"):
+        list(vsg.caption(nanomed.captions.load(tmp_path / "tiny"), pictures, "endoscopy", lambda *a: rules(), 1, 0))
 
 
 def test_other_settings_and_foreign_files_are_refused(tmp_path):

@@ -2,7 +2,8 @@
 
     nanomed.captions.load(FOLDER)    a model with `logits` and `generate` (models.py; its networks are in networks/)
 
-May import `text`, `data` (for the grammar of the organisers' prompts), `weights` and `run`; must not know systems.
+May import `text`, `layers`, `data` (for the grammar of the organisers' prompts), `weights` and `run`; must not know
+systems.
 """
 
 from typing import Any

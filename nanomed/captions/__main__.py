@@ -3,7 +3,7 @@
 python -m nanomed.captions vsg folder:DIR --out captions.csv --model llava-llama3 --modality endoscopy
 python -m nanomed.captions simplify captions.csv --model t5-large
 python -m nanomed.captions paraphrase prompt-gt.csv --model weights/Qwen/Qwen2.5-7B-Instruct --out paraphrases.csv
-python -m nanomed.captions train --out weights/captioner-tiny
+python -m nanomed.captions train --out weights/captioner-tiny         the same as train.py --model captioner-tiny
 
 `vsg` and `paraphrase` go on where they were stopped, and under torchrun their processes share the work.
 """
@@ -43,6 +43,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Vsg:
+    """Flags of `vsg`."""
+
     out: Annotated[str, "a file to write"] = "captions.csv"  # captions; all that is known of the images is in OUT.jsonl
     model: str = "llava-llama3"  # llava-llama3, llava-mistral, ovis, ovis2, tiny, or the folder of a model
     modality: str = "endoscopy"  # endoscopy, skin, xray, fundus or microscopy
@@ -65,6 +67,8 @@ class Vsg:
 
 @dataclass
 class Simplify:
+    """Flags of `simplify`."""
+
     model: str = "t5-large"  # or a folder of a T5
     out: Annotated[str, "a file to write"] = ""  # empty: FILE.simplified.csv
     limit: Annotated[int, "1 .. 10^6"] = vsg.LIMIT  # only what has more tokens is shortened, and to no more than these
@@ -74,6 +78,8 @@ class Simplify:
 
 @dataclass
 class Paraphrase:
+    """Flags of `paraphrase`."""
+
     out: Annotated[str, "a file to write"] = "paraphrases.csv"  # what became of each prompt is in OUT.jsonl
     model: str = "grammar"  # folder of a Llama 3, Mistral, Qwen 2.5 or Gemma 2 Instruct; grammar: by rules, no model
     count: Annotated[int, "1 .. 1000"] = 10  # paraphrases of a prompt
@@ -91,15 +97,20 @@ class Paraphrase:
 
 @dataclass
 class Train:
+    """Flags of `train`, and of train.py where --model is captioner-tiny."""
+
+    model: Annotated[str, "captioner-tiny"] = "captioner-tiny"  # the one that there is
     out: Annotated[str, "a folder to write"] = "weights/captioner-tiny"  # folder of the captioner
     steps: Annotated[int, "1 .. 10^9"] = 500  # of the optimizer
     batch: Annotated[int, "1 .. 65536"] = 32  # scenes at a time
     scenes: Annotated[int, "1 .. 10^6"] = 3000  # of the toy world
+    lr: Annotated[float, "> 0"] = 2e-3  # the largest learning rate; it rises over 100 steps and falls by a cosine
     seed: Annotated[int, "0 ..< 2^63"] = 0  # of weights and batches
-    device: str = ""  # as of vsg
+    device: str = ""  # cuda, cuda:1, mps or cpu; empty: the best there is
 
 
 def main() -> int:
+    """Hand the words behind the verb to the function of the verb."""
     words = sys.argv[1:]
     verbs = {"vsg": write_captions, "simplify": simplify, "paraphrase": paraphrase, "train": train}
     if not words or words[0] not in verbs:
@@ -121,6 +132,7 @@ def subject(words: list[str], what: str) -> tuple[str, list[str]]:
 
 @torch.no_grad()
 def write_captions(words: list[str]) -> int:
+    """`vsg`: ask about every image until an answer is kept, and write what is kept."""
     spec, words = subject(words, "a data set such as folder:DIR")
     config = flags.parse(Vsg, words, description="Captions of a data set's images.")
     vsg.question(config.modality, "")
@@ -133,17 +145,15 @@ def write_captions(words: list[str]) -> int:
 
         network = sizes.sketch(config.model, REPOSITORIES.get(config.model, config.model))
         if ranks.first:
-            print(sizes.report(network, DTYPES[config.precision], config.batch, vsg.SAMPLING["max_new_tokens"],
-                               max(ranks.world, 2), config.model, len(pictures)))  # fmt: skip
+            job = sizes.Job(len(pictures), config.batch, vsg.SAMPLING["max_new_tokens"], max(ranks.world, 2))
+            print(sizes.report(config.model, network, DTYPES[config.precision], job))
         return 0
     reviewed = Path(config.out).with_name(Path(config.out).name + ".html")
     if config.review:
         files.expect_own(reviewed)
     path = _found(config.model)
     shortener = _t5(config.simplifier, ranks.device) if config.simplifier else None
-    from nanomed.captions.models import load
-
-    model = load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, config.compile, ranks)
+    model = loaded(path, config, ranks)
     model.ask("")
     own = config.count == "captioner" or (model.prompt and not config.tokenizer)  # a miniature brings no T5 along
     count = model.count if own else _counter(config.tokenizer, shortener)
@@ -187,8 +197,8 @@ def _found(name: str) -> Path:
     except weights.WeightsNotFound:
         if "captioner-tiny" not in (REPOSITORIES.get(name), Path(name).name):
             raise
-        raise weights.WeightsNotFound(f"{name} is not there: python -m nanomed.captions train --out "
-                                      f"weights/captioner-tiny makes it in 17 minutes") from None  # fmt: skip
+        raise weights.WeightsNotFound(f"{name} is not there: python train.py --model captioner-tiny makes "
+                                      f"it in 17 minutes") from None  # fmt: skip
 
 
 def _t5(name: str, device: torch.device) -> t5.Shortener:
@@ -222,6 +232,7 @@ def _shorten(shortener: t5.Shortener, limit: int):
 
 @torch.inference_mode()
 def simplify(words: list[str]) -> int:
+    """`simplify`: shorten the captions of a CSV that have more tokens than the limit."""
     name, words = subject(words, "a CSV file with captions")
     config = flags.parse(Simplify, words, description="Captions shortened by a T5.")
     path = Path(name)
@@ -253,6 +264,7 @@ def simplify(words: list[str]) -> int:
 
 @torch.no_grad()
 def paraphrase(words: list[str]) -> int:
+    """`paraphrase`: draw other wordings of every prompt, and write those that are kept."""
     source, words = subject(words, "a file of prompts, or a data set such as clef:DIR,")
     config = flags.parse(Paraphrase, words, description="Prompts in other words.")
     if config.model == "grammar":
@@ -269,17 +281,15 @@ def paraphrase(words: list[str]) -> int:
     settings = dict(source=source, model=config.model, count=config.count, attempts=config.attempts, seed=config.seed,
                     judge=config.judge, agreement=config.agreement, precision=config.precision,
                     int8=config.int8)  # fmt: skip
-    from nanomed.captions.models import load
-
-    model = load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, config.compile, ranks)
+    model = loaded(path, config, ranks)
     model.say("")
     journal = Journal(config.out, settings, key="prompt")
     judged = rewording.Rules(encoder and encoder.agree, config.agreement)
+    effort = rewording.Effort(config.count, config.attempts, config.batch, config.seed)
     bar = Progress(len(prompts), "paraphrases", "prompt")
     for (prompt,) in journal.open(prompts, ranks, 1):
         bar.update(len(journal.known) - bar.done)
-        journal.append(rewording.reword(model, prompt, judged, config.count, config.attempts, config.batch,
-                                        config.seed))  # fmt: skip
+        journal.append(rewording.reword(model, prompt, judged, effort))
     bar.update(len(journal.known) - bar.done)
     bar.close()
     model.finish()
@@ -294,20 +304,37 @@ def paraphrase(words: list[str]) -> int:
     return 0
 
 
+def loaded(path: Path, config: Vsg | Paraphrase, ranks: Ranks):
+    """The model of a folder, where and as the flags want it."""
+    from nanomed.captions import memory, models
+
+    model = models.load(path, DTYPES[config.precision], ranks.device, config.int8, config.place, ranks)
+    if config.compile:
+        memory.compiled(model.writer)
+    return model
+
+
 def checked(config: Vsg | Paraphrase) -> None:
+    """Refuse flags that exclude each other."""
     if config.int8 and config.place == "share":
         raise UsageError("--place share is for weights as they are, not for whole numbers: leave out --int8")
 
 
 def train(words: list[str]) -> int:
+    """Also what train.py does where --model is captioner-tiny."""
     config = flags.parse(Train, words, description="A captioner in miniature, trained on the toy world.")
     from nanomed.captions import tiny
+
+    tiny.expect_free(config.out)
+    ranks = Ranks.join(config.device)
+    if ranks.world > 1:
+        raise UsageError("the captioner in miniature trains in one process: leave out torchrun")
 
     def bar(steps):
         return progress(steps, "training", "step")
 
-    model = tiny.train(config.steps, config.batch, config.scenes, seed=config.seed, progress=bar,
-                       device=Ranks.join(config.device).device)  # fmt: skip
+    model = tiny.train(tiny.Recipe(config.steps, config.batch, config.scenes, config.lr, config.seed), bar,
+                       ranks.device)  # fmt: skip
     tiny.save(model, config.out)
     with torch.inference_mode():
         right, same = tiny.accuracy(model)

@@ -6,6 +6,7 @@ log probability / (its length without the start token) ^ length_penalty.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,19 +14,28 @@ from torch import Tensor
 LOWEST = -1e9  # "no score", in float32 as in transformers
 
 
+@dataclass(frozen=True)
+class Search:
+    """How beams are searched, in the names of transformers' `generate`."""
+
+    beams: int = 4
+    min_length: int = 0  # tokens, the start token included, as in the next
+    max_length: int = 20
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False  # when a text is done. True: as soon as `beams` sequences of it have ended;
+    # False: when none that goes on can become better at its present length; "never": ... at the one best for it
+
+
 def beam_search(
-    step: Callable[[Tensor, Tensor | None], Tensor], start: Tensor, beams: int, end: int, min_length: int = 0,
-    max_length: int = 20, length_penalty: float = 1.0, early_stopping: bool | str = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    step: Callable[[Tensor, Tensor | None], Tensor], start: Tensor, end: int, how: Search = Search()
+) -> tuple[Tensor, Tensor]:
     """The best sequence of every text, ids (N, L) that begin with `start` (N), and its score (N). Behind the end there
     are more of it: transformers means to pad, and takes T5's padding, which is 0, for none.
 
-    step            (last tokens (N * beams, 1), the rows (N * beams) that they continue, None at first) -> logits
-    min_length, max_length   tokens, the start token included
-    early_stopping  True: a text is done when `beams` sequences of it have ended; False: when none that goes on can
-                    become better at its present length; "never": ... at the length that is best for it
+    step   (last tokens (N * beams, 1), the rows (N * beams) that they continue, None at first) -> logits
+    end    the token that ends a sequence
     """
-    n, device = len(start), start.device
+    n, device, beams, max_length = len(start), start.device, how.beams, how.max_length
     first = torch.arange(n, device=device)[:, None] * beams  # a text's first row
     going = torch.full((n, beams, max_length), end, device=device)  # sequences that go on
     going[:, :, 0] = start[:, None]
@@ -39,7 +49,7 @@ def beam_search(
     while length < max_length:
         logits = step(going[:, :, length - 1].reshape(-1, 1), rows)
         logs = logits.float().log_softmax(-1)  # (N * beams, V)
-        if length < min_length:
+        if length < how.min_length:
             logs[:, end] = -torch.inf
         vocabulary = logs.shape[-1]
         logs = (logs.unflatten(0, (n, beams)) + scores[..., None]).flatten(1)  # (N, beams * V)
@@ -55,18 +65,18 @@ def beam_search(
 
         new_end = stops.clone()
         new_end[:, beams:] = False  # only the best `beams` count as ended
-        full = has_ended.all(1, keepdim=True) & (early_stopping is True)
-        value = best / length**length_penalty  # `length` tokens behind the start
+        full = has_ended.all(1, keepdim=True) & (how.early_stopping is True)
+        value = best / length**how.length_penalty  # `length` tokens behind the start
         value = value + full * LOWEST + ~hope * LOWEST + ~new_end * LOWEST
         ended_scores, chosen = torch.cat([ended_scores, value], 1).topk(beams)
         ended = torch.cat([ended, longer], 1).gather(1, chosen[..., None].expand(-1, -1, max_length))
         has_ended = torch.cat([has_ended, new_end], 1).gather(1, chosen)
 
         length += 1
-        at = max_length - 1 if early_stopping == "never" and length_penalty > 0 else length - 1
+        at = max_length - 1 if how.early_stopping == "never" and how.length_penalty > 0 else length - 1
         worst = torch.where(has_ended, ended_scores.amin(1, keepdim=True), LOWEST)
-        hope = hope & (scores[:, :1] / at**length_penalty > worst).any(1, keepdim=True)
-        if not hope.any() or (early_stopping is True and has_ended.all()) or stops.all():
+        hope = hope & (scores[:, :1] / at**how.length_penalty > worst).any(1, keepdim=True)
+        if not hope.any() or (how.early_stopping is True and has_ended.all()) or stops.all():
             break
     found, value = ended[:, 0], ended_scores[:, 0]
     # what was written before a text ended stands in its sequence only; the longest decides how many columns there are

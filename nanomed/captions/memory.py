@@ -36,6 +36,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out): the matrix becomes numbers of x's type, and rows are scaled behind the product."""
         y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions import chat
-from nanomed.captions.generation import generate
-from nanomed.captions.memory import LayersInTurn, Shares, compiled, to_int8, writer_of
+from nanomed.captions.generation import Prompts, Writing
+from nanomed.captions.memory import LayersInTurn, Shares, to_int8, writer_of
 from nanomed.captions.networks import decoder, llava, ovis
 from nanomed.captions.networks.decoder import Decoder
 from nanomed.captions.networks.llava import LlavaNext
@@ -43,6 +43,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where tokens come in: of the layers, others may be elsewhere (memory.py)."""
         return next(self.network.parameters()).device
 
     def ask(self, question: str) -> str:
@@ -60,9 +61,11 @@ class Model:
         return chat.llava_llama3(question) if own else chat.llava_llama3_hf(question)
 
     def say(self, question: str, system: str = "") -> str:
-        """The prompt that asks something in words, in the conversation of this family's Instruct models."""
+        """The prompt that asks something in words, in the conversation of this family's Instruct models. Where no
+        system is given, it is the one that the family's template has for that, if any."""
         family, tokenizer = self.writer.config.model_type, self.tokenizer
-        return chat.template(family, lambda mark: tokenizer.token_to_id(mark) is not None)([question], system)
+        asked = chat.template(family, lambda mark: tokenizer.token_to_id(mark) is not None)
+        return asked([question], system) if system else asked([question])
 
     def finish(self) -> None:
         """To be called when there is nothing left to write: where processes share the layers, the others may need
@@ -77,31 +80,44 @@ class Model:
 
     def generate(
         self, images: Sequence[Image.Image | None] | None, texts: Sequence[str], max_new_tokens: int = 150,
-        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, keys: Sequence | None = None,
+        seed: int = 0, keys: Sequence | None = None, known: dict | None = None, **how: float,
     ) -> list[str]:  # fmt: skip
         """What the model writes after each prompt, without special tokens.
 
-        temperature   0 takes the likeliest token; else tokens are drawn, from the top_k likeliest (0: all), of which
-                      the likeliest that together have probability top_p
-        keys          a tuple of words and numbers for each text (its image, its attempt; default: its row). With
-                      `seed` it makes the text's random numbers, so the others of the batch change nothing
+        keys    a tuple of words and numbers for each text (its image, its attempt; default: its row). With `seed` it
+                makes the text's random numbers, so the others of the batch change nothing
+        known   a dict of the caller's, empty at first: where the next call is about the same prompts (the same image
+                objects), or some of them, they are not read again. It holds their keys and values
+        how     temperature, top_k and top_p as in `generation.Writing`: by default the likeliest token is taken
+
+        A prompt that stands there several times, with the same image object, is read once.
         """
-        embedded, mask = self.read(images or [None] * len(texts), texts)
+        images = list(images or [None] * len(texts))
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images for {len(texts)} texts")
+        if not texts:
+            return []
+        known = {} if known is None else known
+        asked = [(id(image), text) for image, text in zip(images, texts)]
+        if not set(asked) <= set(known.get("asked", ())):
+            known.clear()  # before there is more
+            first = [asked.index(one) for one in dict.fromkeys(asked)]
+            embedded, mask = self.read([images[i] for i in first], [texts[i] for i in first])
+            known["prompts"] = Prompts(self.writer, embedded, mask, max_new_tokens)
+            known["asked"] = [asked[i] for i in first]
+        known["prompts"].choose([known["asked"].index(one) for one in asked])
+        known["asked"], known["images"] = asked, images  # an image that is kept shares its id with no other
         keys = keys if keys is not None else [(i,) for i in range(len(texts))]
         draws = [torch.Generator().manual_seed(seed_of("caption", seed, *key)) for key in keys]
 
         def uniform(step: int) -> Tensor:
             return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
 
-        padding = self.ends[0] if self.ends else 0
-        new = generate(self.writer, embedded, mask, max_new_tokens, self.ends, temperature, top_k, top_p, uniform,
-                       padding)  # fmt: skip
+        new = known["prompts"].write(max_new_tokens, Writing(self.ends, **how, uniform=uniform))
         return [self.tokenizer.decode(self._until_end(row)) for row in new.tolist()]
 
     def read(self, images: Sequence[Image.Image | None], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Prompts with their images -> embeddings (B, L, D) and mask bool (B, L), padded on the left."""
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} images for {len(texts)} texts")
         given = [image.convert("RGB") for image in images if image is not None]
         seen = iter(())
         if given:
@@ -149,7 +165,7 @@ class Model:
 
 def load(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", int8: bool = False,
-    place: str = "device", compile: bool = False, ranks: Ranks = ALONE,
+    place: str = "device", ranks: Ranks = ALONE,
 ) -> Model:  # fmt: skip
     """The model of a folder, or of a repository that `weights.find` finds: its family is told by `config.json`.
 
@@ -157,9 +173,9 @@ def load(
     int8    keep the language model's products in whole numbers, row by row: 8 billion weights in 10 GB
     place   of the language model's layers: "device"; "cpu": they come to the device one by one; "share": each of
             `ranks` holds a share, and all must call the model's `finish` when they have nothing left to write
-    compile let torch.compile fuse what it can: a minute at first, faster then
 
-    Raises WeightsError. Its parameters do not train.
+    `memory.compiled(model.writer)` lets torch.compile fuse what it can. Its parameters do not train. Raises
+    WeightsError.
     """
     if int8 and place == "share":
         raise ValueError("shares are of weights as they are, not of whole numbers: int8 or place share, not both")
@@ -176,8 +192,6 @@ def load(
         shares = Shares(network, ranks)
     else:
         network.to(device)
-    if compile:
-        compiled(writer_of(network))
     tokenizer = read_tokenizer(path)
     return Model(network, tokenizer, ends_of(path, said, tokenizer), said.get("prompt", ""), shares)
 

@@ -231,12 +231,15 @@ def read_source(source: str) -> list[str]:
 
 @dataclass
 class Config:
+    """Flags of `python -m nanomed.captions.paraphrase`."""
+
     source: str = ""  # a file of prompts, or a data set such as clef:DIR
     out: Annotated[str, "a file to write"] = ""  # the CSV file to write, for train.py --paraphrases
     n: Annotated[int, "1 .. 1000"] = 40  # paraphrases of a prompt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the paraphrases of a file of prompts, and name the prompts that no rule covers."""
     config = flags.parse(Config, arguments, description=__doc__, words=("source",))
     if not config.source or not config.out:
         raise flags.UsageError("say what to paraphrase and where to write it: SOURCE --out FILE")

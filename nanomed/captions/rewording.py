@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Rules:
 
 
 def in_grammar(prompt: str) -> bool:
+    """Whether a prompt is one of the organisers' grammar."""
     try:
         grammar.parse(prompt)
     except ValueError:
@@ -94,6 +96,13 @@ def cleaned(answer: str) -> str:
     text = next((line for line in lines if re.search(r"\w", line)), "")
     text = re.sub(r"^(?:\d+[.)]|[-*\u2022])\s+", "", text)
     return text.strip("\"'`\u201c\u201d\u2018\u2019* ")
+
+
+class Writer(Protocol):
+    """What `nanomed.captions.load` gives, of an Instruct model."""
+
+    def say(self, question: str, system: str = "") -> str: ...
+    def generate(self, images: None, texts: list[str], max_new_tokens: int, **how) -> list[str]: ...
 
 
 class Encoder:
@@ -128,19 +137,31 @@ class Encoder:
         return list(zip(cosines[:, own].tolist(), others.amax(1).tolist()))
 
 
-def reword(model, prompt: str, rules: Rules, count: int, attempts: int, batch: int, seed: int) -> dict:
-    """The journal's record of a prompt: up to `count` wordings, of at most `attempts` answers, `batch` at a time.
+@dataclass(frozen=True)
+class Effort:
+    """What is wanted of a prompt, and what may be spent on it."""
+
+    count: int = 10  # wordings
+    attempts: int = 40  # answers drawn at most
+    batch: int = 10  # of them together
+    seed: int = 0  # of all of them
+
+
+def reword(model: Writer, prompt: str, rules: Rules, effort: Effort) -> dict:
+    """The journal's record of a prompt: its wordings, and the refused answers with their reasons.
 
     Answers are judged in their order, whatever the batch, and those behind the last that is needed do not count.
     """
+    known: dict = {}
     kept: list[str] = []
     refused: list[dict] = []
     asked, longest = 0, 4 * len(prompt.split()) + 40
     text = model.say(REQUEST.format(prompt), SYSTEM)
-    while len(kept) < count and asked < attempts:
-        now = range(asked + 1, 1 + min(asked + min(batch, count - len(kept)), attempts))
-        answers = model.generate(None, [text] * len(now), max_new_tokens=longest, seed=seed,
-                                 keys=[("paraphrase", prompt, attempt) for attempt in now], **SAMPLING)  # fmt: skip
+    while len(kept) < effort.count and asked < effort.attempts:
+        now = range(asked + 1, 1 + min(asked + min(effort.batch, effort.count - len(kept)), effort.attempts))
+        answers = model.generate(None, [text] * len(now), max_new_tokens=longest, seed=effort.seed,
+                                 keys=[("paraphrase", prompt, attempt) for attempt in now], known=known,
+                                 **SAMPLING)  # fmt: skip
         for attempt, answer in zip(now, answers):
             wording, why = rules.judge(prompt, answer, kept)
             kept += [] if why else [wording]

@@ -57,6 +57,7 @@ class Needs:
 
     @property
     def total(self) -> float:
+        """All of it."""
         return self.weights + self.cache + self.passing + self.cuda
 
     @property
@@ -95,25 +96,35 @@ def _widest(network: nn.Module) -> int:
     return max((m.weight.numel() for m in network.modules() if isinstance(m, Int8Linear)), default=0)
 
 
-def report(network: nn.Module, dtype: torch.dtype, batch: int, new: int, world: int, what: str, images: int) -> str:
-    """The table of a dry run: every place of the weights, whole and in whole numbers."""
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: so many images, some at a time, with up to `new` tokens written about each."""
+
+    images: int
+    batch: int = 4
+    new: int = 150
+    world: int = 2  # processes that share
+
+
+def report(name: str, network: nn.Module, dtype: torch.dtype, job: Job) -> str:
+    """The table of a dry run: every place of the weights, whole and in whole numbers. `network` is changed by it."""
     prompt = QUESTION + network.most_tokens if hasattr(network, "most_tokens") else QUESTION
     network = network.to(dtype)
     count = sum(parameter.numel() for parameter in network.parameters())
     lines = [
-        f"{what}: {count / 1e9:.1f} billion weights; {images:,} images, {batch} at a time, each of up to {prompt:,} "
-        f"tokens with its question, and {new:,} written", "",
+        f"{name}: {count / 1e9:.1f} billion weights; {job.images:,} images, {job.batch} at a time, each of up to "
+        f"{prompt:,} tokens with its question, and {job.new:,} written", "",
         f"{'GB on a device':28s}{'weights':>9s}{'cache':>9s}{'a pass':>9s}{'all':>9s}   card",
     ]  # fmt: skip
 
-    def row(name: str, place: str) -> None:
-        needs = Needs.of(network, batch, prompt, new, place, world)
+    def row(said: str, place: str) -> None:
+        needs = Needs.of(network, job.batch, prompt, job.new, place, job.world)
         numbers = "".join(f"{x:9.1f}" for x in (needs.weights, needs.cache, needs.passing, needs.total))
-        lines.append(f"{name:28s}{numbers}   {needs.card}")
+        lines.append(f"{said:28s}{numbers}   {needs.card}")
 
     row("--place device", "device")
     row("--place cpu", "cpu")
-    row(f"--place share, {world} processes", "share")
+    row(f"--place share, {job.world} processes", "share")
     to_int8(writer_of(network))
     row("--place device --int8", "device")
     row("--place cpu --int8", "cpu")

@@ -1,6 +1,6 @@
 """A LLaVA-NeXT in miniature that learns from nothing to say what the toy world shows, in minutes on two cores.
 
-    python -m nanomed.captions train --out weights/captioner-tiny
+    python train.py --model captioner-tiny     (or python -m nanomed.captions train)
     python -m nanomed.captions vsg toy:200 --model weights/captioner-tiny --out captions.csv
 
 The network is that of networks/llava.py, saved in the layout of `-hf`: any code here takes it for a published one. Its
@@ -11,10 +11,11 @@ A caption says how many polyps there are, of which colour and in which cell, the
 it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from nanomed.captions.networks.llava import LlavaConfig, LlavaNext
 from nanomed.captions.networks.tiles import Tiles
 from nanomed.data import grammar, toy
 from nanomed.run import files
+from nanomed.run.flags import UsageError
 from nanomed.text.clip_vision import ClipVisionConfig
 
 SIDE = 96  # of the images it learns from
@@ -38,6 +40,7 @@ OPENING = "An endoscopic image"
 NUMBERS = ("no polyps", "one polyp", "two polyps", "three polyps")
 PROMPT = "<image>describe:"
 MARKS = ("<s>", "</s>", "<image>")
+WRITTEN = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
 HELD_OUT = 10_000_000  # scenes from here on are for judging
 
 
@@ -100,10 +103,14 @@ def build() -> Model:
 
 
 def save(model: Model, folder: str | Path) -> None:
-    """Write the folder that `nanomed.captions.load` reads, in the layout of `-hf`."""
+    """Write the folder that `nanomed.captions.load` reads, in the layout of `-hf`. `expect_free` judges it before."""
     folder, c = Path(folder), model.network.config
     tiles = model.network.tiles
     folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / "config.json", {  # first, for it says whose folder this is
+        "model_type": "llava_next", "image_token_index": c.image_token, "vision_feature_layer": c.layer,
+        "eos_token_id": model.ends[0], "image_grid_pinpoints": tiles.grids, "prompt": PROMPT,
+        "vision_config": asdict(c.vision), "text_config": asdict(c.text)})  # fmt: skip
     files.write_tensors(folder / "model.safetensors", model.network.state_dict())
     with files.atomic(folder / "tokenizer.json") as temporary:
         model.tokenizer.save(str(temporary))
@@ -111,10 +118,17 @@ def save(model: Model, folder: str | Path) -> None:
     files.write_json(folder / "preprocessor_config.json", {
         "image_grid_pinpoints": tiles.grids, "crop_size": sides, "size": {"shortest_edge": tiles.side},
         "image_mean": tiles.mean, "image_std": tiles.std})  # fmt: skip
-    files.write_json(folder / "config.json", {
-        "model_type": "llava_next", "image_token_index": c.image_token, "vision_feature_layer": c.layer,
-        "eos_token_id": model.ends[0], "image_grid_pinpoints": tiles.grids, "prompt": PROMPT,
-        "vision_config": asdict(c.vision), "text_config": asdict(c.text)})  # fmt: skip
+
+
+def expect_free(folder: str | Path) -> None:
+    """Refuse to write over a model or a run that is no captioner. Raises UsageError."""
+    there = [name for name in WRITTEN if Path(folder, name).exists()]
+    try:
+        own = not there or json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["prompt"] == PROMPT
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if not own:
+        raise UsageError(f"--out {folder}: {there[0]} is there already, of something else; choose another folder")
 
 
 def loss_of(model: Model, images: list[Image.Image], captions: list[str]) -> Tensor:
@@ -129,24 +143,32 @@ def loss_of(model: Model, images: list[Image.Image], captions: list[str]) -> Ten
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
 
 
-def train(
-    steps: int = 500, batch: int = 32, scenes: int = 3000, lr: float = 2e-3, seed: int = 0,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter, device: str | torch.device = "cpu",
-) -> Model:  # fmt: skip
-    """A captioner that has learned `steps` batches of the first `scenes` scenes; the same one for the same numbers.
+@dataclass(frozen=True)
+class Recipe:
+    """What a captioner learns from and how: the same one for the same numbers."""
 
-    progress   wraps the steps, for a bar
-    """
-    torch.manual_seed(seed)
+    steps: int = 500
+    batch: int = 32  # scenes at a time
+    scenes: int = 3000  # of the toy world, the first ones
+    lr: float = 2e-3  # the largest; it rises over 100 steps and falls by a cosine
+    seed: int = 0  # of weights and batches
+
+
+def train(
+    recipe: Recipe = Recipe(), progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    device: str | torch.device = "cpu",
+) -> Model:  # fmt: skip
+    """The captioner that a recipe makes. `progress` wraps the steps, for a bar."""
+    torch.manual_seed(recipe.seed)
     model = build()
     model.network.to(device)
-    pictures = [Image.fromarray(toy.render(toy.scene(i), SIDE)) for i in range(scenes)]
-    captions = [describe(toy.scene(i)) for i in range(scenes)]
-    optimizer = torch.optim.AdamW(model.network.parameters(), lr, (0.9, 0.98), weight_decay=0.01, fused=True)
-    for step in progress(range(steps)):
-        part = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = lr * part
-        rows = torch.randint(scenes, (batch,)).tolist()
+    pictures = [Image.fromarray(toy.render(toy.scene(i), SIDE)) for i in range(recipe.scenes)]
+    captions = [describe(toy.scene(i)) for i in range(recipe.scenes)]
+    optimizer = torch.optim.AdamW(model.network.parameters(), recipe.lr, (0.9, 0.98), weight_decay=0.01, fused=True)
+    for step in progress(range(recipe.steps)):
+        part = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+        optimizer.param_groups[0]["lr"] = recipe.lr * part
+        rows = torch.randint(recipe.scenes, (recipe.batch,)).tolist()
         loss_of(model, [pictures[i] for i in rows], [captions[i] for i in rows]).backward()
         torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
         optimizer.step()

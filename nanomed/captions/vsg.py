@@ -29,6 +29,7 @@ from PIL import Image
 
 from nanomed import data
 from nanomed.captions import journal
+from nanomed.captions.networks.tiles import Narrow
 from nanomed.data import ranges
 from nanomed.data.images import listing, open_rgb
 from nanomed.data.table import DataError, Row, Table
@@ -49,21 +50,37 @@ MODALITIES = {  # how a caption begins, and the features: endoscopy's are the pa
 }  # fmt: skip
 
 # What a caption of a patient's picture must not hold; a person looks at every one that is marked.
+_MONTH = (
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December|"
+    r"(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
+)
 SUSPICIOUS = {
-    "person": r"\b(?:[Pp]atient(?:'s)? name|Mr|Mrs|Ms|Dr|Prof)\b\.? ?|\bnamed [A-Z]\w+|\b[A-Z][a-z]+ [A-Z][a-z]+'s\b",
-    "date": r"\b\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b|\b(?:19|20)\d\d\b|\b(?:January|February|March|April|June|July|August|"
-            r"September|October|November|December) \d",
-    "hospital": r"\b(?:[Hh]ospital|[Cc]linic|[Mm]edical [Cc]ent(?:er|re)|[Ii]nstitute|[Uu]niversity)\b",
-    "burnt-in text": r"\b(?:reads|text says|labell?ed|captioned|watermark|timestamp|overlay(?:s|ed)?|ID) ?[:\"'\d]|"
-                     r"\b(?:overlaid|written|printed|on-screen) (?:text|words|letters|numbers)\b",
+    "person": r"\b(?i:patient(?:'s)? name|surname|date of birth|DOB|name ?:)|\b(?:Mr|Mrs|Ms|Dr|Prof)\b\.? ?|"
+              r"\b(?:[Pp]atient|[Dd]octor|[Pp]rofessor),? [A-Z]\w+|\bnamed [A-Z]\w+|\b[A-Z][a-z]+ [A-Z][a-z]+'s\b",
+    "date": rf"\b\d{{1,4}}([-/.])\d{{1,2}}\1\d{{1,4}}\b|\b(?:19|20)\d\d\b|\b{_MONTH} \d|"
+            rf"\b\d{{1,2}}(?:st|nd|rd|th)?(?: of)? {_MONTH}",
+    "hospital": r"\b(?i:hospitals?|infirmary|clinics?|medical cent(?:er|re)|institutes?|university|department of)\b",
+    "burnt-in text": r"\b(?:reads|text says|labell?ed|captioned|overlay(?:s|ed)?|ID) ?[:\"'\u201c\u2018\d]|"
+                     r"\b(?i:watermark|timestamp|time stamp|logo)s?\b|\b\d{1,2}:\d\d\b|"
+                     r"\b(?i:text|words?|letters|label|caption) ?[\"'\u201c\u2018]|"
+                     r"\b(?i:text|words|letters|numbers|label)\b(?! of)(?: \w+){0,3} (?:in|at|on) (?:\w+[- ]){1,3}"
+                     r"(?:corner|top|bottom|edge|side)\b|"
+                     r"\b(?i:overlaid|written|printed|on-screen) (?i:text|words|letters|numbers)\b",
 }  # fmt: skip
-OPPOSITES = (  # a category that has a word of the left, and what its captions cannot say
-    (r"\bpolyps?\b", r"\b(?:no|without(?: any)?) (?:visible )?polyps?\b"),
+# A category that has a word of the left, and what its captions cannot say is there, ...
+IMPOSSIBLE = (
     (r"\bnormal\b|\bhealthy\b", r"\b(?:polyps?|tumou?rs?|ulcers?|cancer(?:ous)?|malignant|inflamed|lesions?)\b"),
-    (r"\b(?:colitis|oesophagitis|esophagitis)\b", r"\b(?:no|without(?: any)?) (?:signs? of )?inflammation\b|healthy"),
+    (r"\b(?:colitis|oesophagitis|esophagitis)\b", r"\bhealthy\b"),
     (r"\bmelanoma\b|\bcarcinoma\b", r"\bbenign\b"),
     (r"\b(?:nevus|nevi|benign)\b", r"\bmalignant\b|\bmelanoma\b"),
 )
+# ... and what they cannot say is not.
+NEEDED = (
+    (r"\bpolyps?\b", r"polyps?"),
+    (r"\b(?:colitis|oesophagitis|esophagitis)\b", r"inflammation"),
+)
+_NOT = r"\b(?:no|not|nor|neither|without|absence of|absent|free (?:of|from)|lacks?|lacking|rather than)\b"
+_OF = r"(?: (?:an?|any|visible|obvious|apparent|clear|evident|evidence of|signs? of|presence of))*"
 
 
 class Captioner(Protocol):
@@ -76,6 +93,8 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
+    """An image to be captioned."""
+
     name: str  # relative to the data folder: the CSV's `file_name`
     path: Path
     category: str  # "" where nothing says it
@@ -141,10 +160,12 @@ def question(modality: str, category: str) -> tuple[str, str, str]:
 def flags(text: str, category: str) -> list[str]:
     """Why a person should look at a caption: what it gives away, and where it contradicts its category."""
     found = [name for name, pattern in SUSPICIOUS.items() if re.search(pattern, text)]
-    rest = text.replace(f"of {category}", "of it", 1)  # the words that it was told to begin with
-    for given, said in OPPOSITES:
-        if re.search(given, category, re.I) and re.search(said, rest, re.I):
-            return [*found, "contradicts the category"]
+    rest = re.sub(rf"^(An? [\w-]+ image) of {re.escape(category)}", r"\1", text)  # the words it was told to begin with
+    denied = "|".join(what for given, what in NEEDED if re.search(given, category, re.I))
+    there = re.sub(rf"{_NOT}(?:(?!\b(?:but|however|although|with)\b)[^.;])*", "", rest, flags=re.I)  # what it affirms
+    wrong = "|".join(what for given, what in IMPOSSIBLE if re.search(given, category, re.I))
+    if denied and re.search(rf"{_NOT}{_OF} (?:{denied})\b", rest, re.I) or wrong and re.search(wrong, there, re.I):
+        found.append("contradicts the category")
     return found
 
 
@@ -166,8 +187,12 @@ def pictures(spec: str, cache: str | Path = "runs/cache", span: str = "") -> lis
     if not table.rows:
         raise DataError(f"{spec}: no images")
     table = ranges.ranged(table, ranges.of_table(table, span))
-    return [Picture(row.file.relative_to(root).as_posix(), row.file, re.sub("[-_]+", " ", row.label), row.range)
-            for row in table.rows]  # fmt: skip
+    return [Picture(row.file.relative_to(root).as_posix(), row.file, named(row.label), row.range) for row in table.rows]
+
+
+def named(label: str) -> str:
+    """A class folder's name as words. Marks such as `<image>` have a meaning in a prompt, and are left out."""
+    return " ".join(re.sub(r"<[^<>\s]*>|[-_]", " ", label).split())
 
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -180,11 +205,14 @@ def caption(
     asked = {p.name: question(modality, p.category) for p in batch}
     results = {p.name: Result(p.name, p.category) for p in batch}
     images: dict[str, Image.Image] = {p.name: open_rgb(p.path, p.range) for p in batch}
-    waiting = list(batch)
+    waiting, known = list(batch), {}
     for attempt in range(1, attempts + 1):
         prompts = [model.ask(asked[p.name][0]) for p in waiting]
-        answers = model.generate([images[p.name] for p in waiting], prompts, seed=seed,
-                                 keys=[(p.name, attempt) for p in waiting], **SAMPLING)  # fmt: skip
+        try:
+            answers = model.generate([images[p.name] for p in waiting], prompts, seed=seed,
+                                     keys=[(p.name, attempt) for p in waiting], known=known, **SAMPLING)  # fmt: skip
+        except Narrow as error:
+            raise DataError(f"{', '.join(str(p.path) for p in waiting)}: {error}") from error
         again = []
         for picture, answer in zip(waiting, answers):
             result, judge = results[picture.name], rules(*asked[picture.name][1:])
@@ -212,6 +240,7 @@ class Journal(journal.Journal):
         super().__init__(out, settings, key="file_name")
 
     def append(self, result: Result) -> None:
+        """Write a picture's line, unless another process has."""
         super().append(asdict(result))
 
     def results(self) -> dict[str, Result]:

@@ -35,7 +35,7 @@ def _file(preset: str) -> ModuleType:
     from nanomed.run.flags import UsageError
 
     if preset == "captioner-tiny":
-        raise UsageError("--model captioner-tiny: it writes captions; python -m nanomed.captions train makes it")
+        raise UsageError("--model captioner-tiny: it writes captions, and is no system: nanomed.captions.load reads it")
     if preset not in FILES:
         raise UsageError(f"--model {preset}: choose one of {', '.join(FILES)}")
     return importlib.import_module(f"nanomed.systems.{FILES[preset].rpartition('.')[0]}")

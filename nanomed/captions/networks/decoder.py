@@ -12,6 +12,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ class DecoderConfig:
     final_logit_softcapping: float | None = None
 
     def windowed(self, layer: int) -> bool:
+        """Whether a layer looks back through a window: all of Mistral, every other one of Gemma 2."""
         return self.sliding_window is not None and (self.model_type != "gemma2" or layer % 2 == 0)
 
     @classmethod
@@ -128,7 +130,8 @@ class Cache:
 
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
-        self.blocks = [[block.index_select(0, rows) for block in pair] for pair in self.blocks]
+        for pair in self.blocks:  # one layer after the other, so that no two caches are there at a time
+            pair[:] = [block.index_select(0, rows) for block in pair]
 
 
 class RMSNorm(nn.Module):
@@ -168,7 +171,21 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * turn[0] + torch.cat([-second, first], dim=-1) * turn[1]
 
 
+class Places(NamedTuple):
+    """Where the tokens of a pass stand, and what they see."""
+
+    turn: tuple[Tensor, Tensor]  # `rotations`, (B, 1, L, d) each
+    seen: Tensor | None  # bool (B, 1, L, K), True where a token may look; None: at itself and all before it
+
+    def last(self) -> "Places":
+        """Of the last token alone. It sees all where nothing says what it sees."""
+        cos, sin = self.turn
+        return Places((cos[:, :, -1:], sin[:, :, -1:]), None if self.seen is None else self.seen[:, :, -1:])
+
+
 class Attention(nn.Module):
+    """Queries in groups, each with keys and values of its own (Ainslie et al. 2023), turned by their places."""
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
         bias = c.model_type == "qwen2"
@@ -180,13 +197,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:
-        """x (B, L, D); seen bool (B, 1, L, K), True where a row may look; None: at itself and all before it."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for p in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
-        q, k = rotate(q, turn), rotate(k, turn)
+    def forward(self, x: Tensor, places: Places, cache: Cache | None, layer: int, last: bool) -> Tensor:
+        """x (B, L, D) -> the same; `last`: what the last place gathers, (B, 1, D), of the keys and values of all."""
+        asking = x[:, -1:] if last else x
+        q, k, v = (p(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for p, y in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x)))  # fmt: skip
+        k = rotate(k, places.turn)
+        turn, seen = places.last() if last else places
+        q = rotate(q, turn)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         if self.cap is None and q.shape[2] == 1:  # the heads of a group ask side by side, and nothing is repeated
@@ -231,10 +249,10 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, True)
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, True)
 
-    def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], seen: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:
-        added = self.self_attn(self.input_layernorm(x), turn, seen, cache, layer)
+    def forward(self, x: Tensor, places: Places, cache: Cache | None, layer: int, last: bool = False) -> Tensor:
+        """x (B, L, D) -> the same; `last`: the last place alone, (B, 1, D)."""
+        added = self.self_attn(self.input_layernorm(x), places, cache, layer, last)
+        x = x[:, -1:] if last else x
         if self.gemma:
             x = x + self.post_attention_layernorm(added)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -243,6 +261,8 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
+    """What the published names call `model`: all but the head."""
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -270,7 +290,7 @@ class Decoder(nn.Module):
         """ids int64 (B, L), or embeddings (B, L, D) in their place; mask bool (B, K), True where there is text, over
         the cached tokens and these; places count text only, so padding on the left changes nothing. None: all is text.
 
-        last   logits of the last place only, (B, 1, V)
+        last   logits of the last place only, (B, 1, V): of the others, the last layer then makes keys and values alone
         """
         c = self.config
         x = self.embed(ids) if ids.dim() == 2 else ids
@@ -291,10 +311,11 @@ class Decoder(nn.Module):
                 full = (full & mask.bool()[:, None, None]) | (columns == rows)
             near = full & (columns > rows - c.sliding_window) if windowed else full
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, turn, near if c.windowed(i) else full, cache, i)
+            ends = last and i + 1 == c.num_hidden_layers
+            x = layer(x, Places(turn, near if c.windowed(i) else full), cache, i, ends)
         if cache is not None:
             cache.length = total
-        x = self.model.norm(x[:, -1:] if last else x)
+        x = self.model.norm(x)
         head = self.model.embed_tokens if c.tie_word_embeddings else self.lm_head
         logits = F.linear(x, head.weight)
         cap = c.final_logit_softcapping

@@ -74,6 +74,7 @@ class LlavaConfig:
 
     @staticmethod
     def tower(said: dict, what: str, shapes: dict[str, torch.Size]) -> ClipVisionConfig:
+        """The shape of the tower: as `vision_config` says it, else as `shapes` tell, else that of CLIP-L/336."""
         stated = said.get("vision_config", {})
         if (kind := stated.get("model_type", "clip_vision_model")) != "clip_vision_model":
             raise WeightsError(f"{what}: an image tower {kind!r} is not known here")
@@ -92,6 +93,8 @@ class LlavaConfig:
 
 
 class Projector(nn.Module):
+    """From the tower's width to the language model's: Linear -> GELU -> Linear."""
+
     def __init__(self, width: int, out: int):
         super().__init__()
         self.linear_1 = nn.Linear(width, out)
@@ -115,6 +118,7 @@ class LlavaNext(nn.Module):
 
     @property
     def writer(self) -> Decoder:
+        """The language model, under the name that memory.py and models.py ask for."""
         return self.language_model
 
     @property

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from nanomed import weights
 from nanomed.captions.networks.decoder import Decoder, DecoderConfig
-from nanomed.captions.networks.tiles import described, normalised
+from nanomed.captions.networks.tiles import Narrow, described, normalised
 from nanomed.captions.networks.towers import Aimv2, Siglip, TowerConfig
 from nanomed.text.clip_vision import MEAN, STD
 from nanomed.weights import WeightsError
@@ -141,7 +141,7 @@ class Partition:
         else:
             size = int(width / height * side), side
         if not min(size):
-            raise ValueError(f"an image of {width} x {height} pixels is too narrow to be cut into tiles")
+            raise Narrow(tile.size)
         shown = normalised(tile.resize(size, Image.Resampling.BICUBIC), self.mean, self.std)
         left, above = (side - size[0]) // 2, (side - size[1]) // 2
         return F.pad(shown, (left, side - size[0] - left, above, side - size[1] - above))
@@ -155,6 +155,8 @@ def _parts(length: int, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class OvisConfig:
+    """The shapes of an Ovis; the defaults are those of Ovis 2, its text aside."""
+
     text: DecoderConfig
     tower: TowerConfig = TowerConfig()
     vocabulary: int = 65536  # visual, with the five signs
@@ -229,6 +231,7 @@ class Ovis(nn.Module):
 
     @property
     def writer(self) -> Decoder:
+        """The language model, under the name that memory.py and models.py ask for."""
         return self.llm
 
     @property

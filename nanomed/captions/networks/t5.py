@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomed import weights
-from nanomed.captions.beams import beam_search
+from nanomed.captions.beams import Search, beam_search
 from nanomed.captions.networks.decoder import Cache
 from nanomed.text.t5 import EMBEDDINGS, FeedForwardLayer, RMSNorm, SelfAttention, T5Config, T5Encoder, relative_buckets
 from nanomed.text.unigram import T5Tokenizer
@@ -26,6 +26,8 @@ UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight
 
 @dataclass(frozen=True)
 class T5WholeConfig(T5Config):
+    """The shapes of a whole T5: those of the encoder, and what the decoder adds."""
+
     num_decoder_layers: int = 0  # 0: as many as the encoder's
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool | None = None  # by d_model^-0.5, before they are read out; None: where tied
@@ -78,6 +80,8 @@ class CrossAttention(SelfAttention):
 
 
 class CausalLayer(nn.Module):
+    """`layer.0` of a decoder block: attention to what is written so far."""
+
     def __init__(self, c: T5Config, relative: bool):
         super().__init__()
         self.SelfAttention = CausalAttention(c, relative)
@@ -85,6 +89,8 @@ class CausalLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
+    """`layer.1` of a decoder block: attention to the encoder's states."""
+
     def __init__(self, c: T5Config):
         super().__init__()
         self.EncDecAttention = CrossAttention(c, relative=False)
@@ -92,12 +98,16 @@ class CrossLayer(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """Three layers, each normed first and added; only the first block has the table of distances."""
+
     def __init__(self, c: T5Config, relative: bool):
         super().__init__()
         self.layer = nn.ModuleList([CausalLayer(c, relative), CrossLayer(c), FeedForwardLayer(c)])
 
 
 class DecoderStack(nn.Module):
+    """What the published names call `decoder`."""
+
     def __init__(self, c: T5WholeConfig):
         super().__init__()
         layers = c.num_decoder_layers or c.num_layers
@@ -138,9 +148,9 @@ class T5(T5Encoder):
             x = x * c.d_model**-0.5
         return F.linear(x, (self.shared if c.tie_word_embeddings else self.lm_head).weight)
 
-    def write(self, ids: Tensor, mask: Tensor, beams: int = 4, **lengths) -> tuple[Tensor, Tensor]:
+    def write(self, ids: Tensor, mask: Tensor, **how) -> tuple[Tensor, Tensor]:
         """Texts (N, S) with their mask -> the best sequence of each, ids (N, L) with the start token, and its
-        score (N). `lengths` are those of `beam_search`."""
+        score (N). `how` as in `beams.Search`."""
         remembered, cache = self.remember(self(ids, mask)), Cache()
 
         def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
@@ -149,7 +159,7 @@ class T5(T5Encoder):
             return self.logits(tokens, remembered, mask, cache)[:, -1]
 
         start = torch.full((len(ids),), self.config.decoder_start_token_id, device=ids.device)
-        return beam_search(step, start, beams, end=1, **lengths)
+        return beam_search(step, start, 1, Search(**how))
 
 
 class Shortener:
@@ -159,7 +169,7 @@ class Shortener:
         self.network, self.tokenizer = network, tokenizer
 
     def generate(self, texts: list[str], longest: int = 512, **how) -> list[str]:
-        """What T5 writes of each text, of which `longest` tokens are read. `how` as in `beam_search`."""
+        """What T5 writes of each text, of which `longest` tokens are read. `how` as in `beams.Search`."""
         length = min(longest, max(self.tokenizer.lengths(texts)))
         device = self.network.shared.weight.device
         ids, mask = (tensor.to(device) for tensor in self.tokenizer(texts, length))

@@ -31,6 +31,13 @@ from nanomed.weights import WeightsError
 GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
+class Narrow(ValueError):
+    """An image of which nothing is left when its longer side fits into the tiles."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__(f"an image of {size[0]} x {size[1]} pixels is too narrow to be cut into tiles")
+
+
 def described(folder: str | Path) -> tuple[Path, dict]:
     """(the file of a folder that says how images are cut, what it says): config.json and nothing where there is none.
     Raises WeightsError."""
@@ -79,7 +86,7 @@ class Tiles:
         return cls(side, patch, grids, wide, mean, std)
 
     def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of the canvas for an image of `size` (width, height). ValueError for a mere line."""
+        """(width, height) of the canvas for an image of `size` (width, height). Raises Narrow."""
         width, height = size
         best, chosen = (0, 0.0), None
         for pair in self.grids:
@@ -89,7 +96,7 @@ class Tiles:
             if (shown, shown - across * down) > best and shown:
                 best, chosen = (shown, shown - across * down), (across, down)
         if chosen is None:
-            raise ValueError(f"an image of {width} x {height} pixels is too narrow to be cut into tiles")
+            raise Narrow(size)
         return chosen
 
     def cut(self, image: Image.Image) -> Tensor:

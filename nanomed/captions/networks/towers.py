@@ -37,6 +37,8 @@ SIGLIP = TowerConfig("siglip_vision_model", 1152, 4304, 27, 16, 384, 14, 1e-6)  
 
 
 class SiglipEmbeddings(nn.Module):
+    """Pixels (N, 3, side, side) -> patches with their places (N, patches^2, D), row by row; no class token."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size)
@@ -47,6 +49,8 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipModel(nn.Module):
+    """What the published names call `vision_model`, without what is not read of it."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.embeddings = SiglipEmbeddings(c)
@@ -55,6 +59,8 @@ class SiglipModel(nn.Module):
 
 
 class Siglip(nn.Module):
+    """`tower(pixels)` gives the states behind the last layer (N, patches^2, D), not normed."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.vision_model = SiglipModel(c)
@@ -67,6 +73,8 @@ class Siglip(nn.Module):
 
 
 class Patchifier(nn.Module):
+    """Patches, normed."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.proj = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size)
@@ -74,6 +82,8 @@ class Patchifier(nn.Module):
 
 
 class Preprocessor(nn.Module):
+    """Pixels (N, 3, side, side) -> normed patches with their places (N, patches^2, D)."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.patchifier = Patchifier(c)
@@ -85,6 +95,8 @@ class Preprocessor(nn.Module):
 
 
 class FusedAttention(nn.Module):
+    """Self-attention of states (N, L, D), with queries, keys and values of one matrix and no bias."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.heads = c.num_attention_heads
@@ -110,6 +122,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attn(norm x), x + mlp(norm x)."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.attn = FusedAttention(c)
@@ -123,6 +137,8 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
+    """What the published names call `trunk`."""
+
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -130,6 +146,8 @@ class Trunk(nn.Module):
 
 
 class Aimv2(nn.Module):
+    """`tower(pixels)` gives the states behind the last block (N, patches^2, D); `normed`: behind the last norm."""
+
     def __init__(self, c: TowerConfig, normed: bool = False):
         super().__init__()
         self.normed = normed
