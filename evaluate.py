@@ -55,6 +55,7 @@ class Config:
 
 def main() -> None:
     config = flags.parse(Config, gathered(sys.argv[1:]), description=__doc__)
+    flags.check_place(f"--out {config.out}", config.out, folder=True)
     if config.stand_in:
         from nanomed.evaluation import toyworld
 

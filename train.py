@@ -17,7 +17,7 @@ import nanomed  # noqa: F401  # isort: skip  # before torch, whose libraries rea
 import torch
 
 from nanomed import systems
-from nanomed.data import ranges
+from nanomed.data import images, ranges
 from nanomed.data.prompts import read_prompts
 from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
@@ -115,8 +115,8 @@ def main() -> int:
     long, pieces = system.judge_lengths(texts, config.long_prompts, config.data)
     system.pieces = max([1, *pieces.values()])  # of all texts alike, for they share batches
     run = open_run(config, before, system, split, ranks)
-    images = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
-    run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}\nits page: {run.folder / page.NAME}")
+    told = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
+    run.say(f"{run.folder}: {config.model} on {told}, {ranks.device}\nits page: {run.folder / page.NAME}")
     page.keep(run)
     stop.leave = lambda: run.preempted(stop.received)
     run.say("\n".join(long))
@@ -219,6 +219,8 @@ def read_data(config: Config, before: dict, system, ranks: Ranks):
     decided = before["ranges"] if same else ranges.of_table(table, config.range) if ranks.first else []
     config.decided = ranks.agree(decided)
     table = ranges.ranged(table, config.decided)
+    if ranks.first and not before:
+        images.judge(table.rows)
     if system.pad and not getattr(config, "buckets", False):
         table = data.padded(table)
     if config.captions:

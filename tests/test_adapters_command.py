@@ -22,6 +22,7 @@ import nanomed
 from nanomed import systems
 from nanomed.adapters import formats, lora, onto
 from nanomed.adapters.__main__ import main
+from nanomed.run import flags
 from nanomed.run.flags import UsageError
 from nanomed.weights import WeightsError, WeightsNotFound
 
@@ -260,7 +261,8 @@ def test_pixart_and_medart_merged_are_a_pipeline_of_diffusers(name, kind, run, p
     close(drawn(nanomed.load("pixart", weights=tmp_path / "whole")), ours, CLOSE)
     inside = {str(p.relative_to(pixart_folder)) for p in pixart_folder.rglob("*") if p.is_file()}
     assert {str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()} == inside
-    assert main([str(folder), "--merge", "--out", str(tmp_path / "whole")]) == 2  # never over what is there
+    with pytest.raises(UsageError, match="is there already"):  # never over what is there
+        main([str(folder), "--merge", "--out", str(tmp_path / "whole")])
 
 
 def test_kandinsky_merged_is_two_pipelines_of_diffusers(kandinsky_folder, tmp_path, capsys):
@@ -343,7 +345,10 @@ def test_mistakes_are_one_line_and_an_exit_code(words, code, theirs, tmp_path, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     places = {"RUN": theirs[0] / "peft", "JUNK": tmp_path / "junk.safetensors"}
-    assert main([str(places.get(word, word)) for word in words]) == code
+    monkeypatch.setattr("sys.argv", ["adapters", *(str(places.get(word, word)) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        flags.main(main)
+    assert ended.value.code == code
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and not said.out
     assert [path.name for path in tmp_path.iterdir()] == ["junk.safetensors"]
@@ -461,7 +466,8 @@ def test_training_on_top_of_a_folded_adapter(trainer, theirs, pixart_folder, tmp
     for name, tensor in by_hand.transformer.state_dict().items():
         assert torch.equal(tensor, with_all.transformer.state_dict()[name]), name
     close(drawn(nanomed.load("pixart", weights=pixart_folder, lora=str(run))), drawn(by_hand), 0)
-    assert main([str(run), "--to", "peft", "--out", str(tmp_path / "p")]) == 2
+    with pytest.raises(UsageError, match="lies on 1 others"):
+        main([str(run), "--to", "peft", "--out", str(tmp_path / "p")])
     assert main([str(run), "--merge", "--out", str(tmp_path / "whole"), "--weights", str(pixart_folder)]) == 0
     close(diffusers_draws(tmp_path / "whole"), drawn(by_hand), CLOSE)
 

@@ -301,6 +301,7 @@ def checked(config: Vsg | Paraphrase) -> None:
 
 def train(words: list[str]) -> int:
     config = flags.parse(Train, words, description="A captioner in miniature, trained on the toy world.")
+    flags.check_place(f"--out {config.out}", config.out, folder=True)
     from nanomed.captions import tiny
 
     def bar(steps):

@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -110,9 +111,7 @@ def said(flag: str, argv: Sequence[str] | None = None) -> str:
     return found
 
 
-def _add(
-    parser: argparse.ArgumentParser, cls: Any, title: str, known: dict[str, Any], words: Sequence[str]
-) -> None:
+def _add(parser: argparse.ArgumentParser, cls: Any, title: str, known: dict[str, Any], words: Sequence[str]) -> None:
     """The flags of one dataclass, in groups by its heading comments or under one title."""
     group: Any = parser.add_argument_group(title) if title else parser
     for name, (heading, told) in comments(cls).items():
@@ -153,7 +152,7 @@ def kind_of(annotation: Any) -> type:
     raise TypeError(f"a flag cannot be of type {annotation}")
 
 
-_NUMBER = {int: r"[+-]?[0-9][0-9_]*", float: r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
+NUMBER = {int: r"[+-]?[0-9][0-9_]*", float: r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
 
 
 def converted(label: str, text: Any, annotation: Any) -> Any:
@@ -170,13 +169,13 @@ def converted(label: str, text: Any, annotation: Any) -> Any:
         raise UsageError(f"{shown}: say true or false")
     if kind is str:
         if limits.endswith(" to write"):
-            _check_place(shown, text, folder=limits == "a folder to write")
+            check_place(shown, text, folder=limits == "a folder to write")
         elif limits and text not in limits.split(" | "):
             raise UsageError(f"{shown}: choose {', '.join(filter(None, limits.split(' | ')))}")
         return text
     number = f"{'a whole' if kind is int else 'a'} number"
     wanted = f"not {number}{f' in the range {limits}' if limits else ''}"
-    if not re.fullmatch(_NUMBER[kind], text) or len(text) > 300:
+    if not re.fullmatch(NUMBER[kind], text) or len(text) > 300:
         raise UsageError(f"{shown}: {wanted}")
     value = kind(text.replace("_", ""))
     if kind is float and not math.isfinite(value):
@@ -203,27 +202,39 @@ def within(value: float, limits: str) -> bool:
     raise ValueError(f"{limits!r} is no range")
 
 
-def _check_place(shown: str, text: str, folder: bool) -> None:
-    """Whether a file or folder could be written there; nothing is."""
+def check_place(shown: str, text: str, folder: bool) -> None:
+    """Whether a file or folder could be written there; nothing is. A flag's value is asked about when it is read, and
+    by its command a default, for which long work would be lost at its end. Raises UsageError, beginning with `shown`.
+    """
     if not text.strip():
         raise UsageError(f"{shown}: say a {'folder' if folder else 'file'} to write")
     try:
         path = Path(text)
-        if path.exists() and path.is_dir() != folder:
-            raise UsageError(f"{shown}: that is {'no' if folder else 'a'} folder")
-        there = path
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            kind = "a folder" if path.is_dir() else "no folder" if folder else "no plain file"
+            raise UsageError(f"{shown}: that is {kind}")
+        there = path if folder else path.parent
         while not there.exists() and there != there.parent:
             there = there.parent
-        if not there.is_dir() and there != path:
+        if not there.is_dir():
             raise UsageError(f"{shown}: {there} is no folder")
-        if not os.access(there, os.W_OK):
-            raise UsageError(f"{shown}: {there} cannot be written to")
         if any(len(os.fsencode(part)) > 255 - 15 for part in path.parts):  # temporary names are longer
             raise UsageError(f"{shown}: too long a name")
+        if not _takes_files(there):
+            raise UsageError(f"{shown}: {there} cannot be written to")
     except (OSError, ValueError) as error:  # a name that no file can have
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{shown}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _takes_files(folder: Path) -> bool:
+    """By a file without a name, for rights do not tell of a disk that is read-only, or of /proc."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def _named(word: str) -> str:
