@@ -184,9 +184,13 @@ def named(spec: str) -> dict[str, list[str]]:
         name, equals, where = item.partition("=")
         if not equals or Path(item).exists():
             name = where = item
+        if not name.strip() or not all(part.strip() for part in where.split("+")):
+            raise UsageError(f"--real {spec}: {item} names no set; say DIR, NAME=DIR or NAME=DIR+DIR")
         if name in sets:
             raise UsageError(f"--real {spec}: two sets are called {name}")
         sets[name] = [where] if Path(where).exists() or data.there(where) else where.split("+")
+    if not sets:
+        raise UsageError(f"--real {spec}: it names no set")
     return sets
 
 

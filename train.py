@@ -187,6 +187,8 @@ def check(config: Config, before: dict, system, ranks: Ranks) -> None:
     if getattr(config, "buckets", False) and len(system.bucket_shapes()) == 1:
         raise UsageError(f"--buckets: {config.model} draws images of one shape, {system.size} x {system.size}")
     done = runs.stages_of(config.resume or config.base) if config.resume or config.base else []
+    if odd := [stage for stage in done if stage not in system.stages]:
+        raise UsageError(f"{config.resume or config.base}: its stage {odd[0]} is none of {config.model}")
     missing = [stage for stage in system.stages if stage not in done]
     if config.stage in missing and system.in_order and config.stage != missing[0] and not config.dry_run:
         raise UsageError(f"--stage {config.stage} builds on stage {missing[0]}: say --resume with a run that has it")
@@ -274,7 +276,7 @@ def longer(config: Config, before: dict, system, run: Run) -> tuple[str, str]:
         return "", ""
     done, order = run.state["stages"], [*system.stages]
     stage = config.stage or next((other for other in order if other not in done), order[-1])
-    old = replace(config, steps=before["steps"], epochs=before["epochs"])
+    old = replace(config, steps=before.get("steps", config.steps), epochs=before.get("epochs", 0.0))
     old.given = tuple(before["given"])
     old.recipes = config.recipes
     old, new = _for_stage(old, stage), _for_stage(config, stage)

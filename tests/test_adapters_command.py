@@ -3,6 +3,7 @@ images of diffusers and peft on miniatures in the published layout."""
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -352,6 +353,36 @@ def test_mistakes_are_one_line_and_an_exit_code(words, code, theirs, tmp_path, c
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and not said.out
     assert [path.name for path in tmp_path.iterdir()] == ["junk.safetensors"]
+
+
+@pytest.mark.parametrize("change", [
+    {"lora_alpha": None}, {"lora_alpha": "many"}, {"alpha_pattern": 3}, {"rank_pattern": {"(": 1}}, {"r": 5},
+])  # fmt: skip
+@pytest.mark.parametrize("verb", ["show", "to", "merge"])
+def test_settings_that_say_no_rank_or_alpha_are_named(verb, change, theirs, pixart_folder, tmp_path):
+    folder = shutil.copytree(theirs[0] / "peft", tmp_path / "peft")
+    said = json.loads((folder / "adapter_config.json").read_text()) | change
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    out = ["--out", str(tmp_path / "x")]
+    words = {"show": ["show", str(folder)], "to": [str(folder), "--to", "kohya", *out],
+             "merge": [str(folder), "--merge", *out, "--weights", str(pixart_folder)]}  # fmt: skip
+    if verb == "show" and change in ({"lora_alpha": None}, {"rank_pattern": {"(": 1}}, {"r": 5}):
+        assert main(words[verb]) == 0  # it tells what the tensors are
+        return
+    with pytest.raises(WeightsError, match="adapter_model"):
+        main(words[verb])
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.mark.parametrize("a, b", [
+    (torch.ones(()), torch.ones(())), (torch.ones(2, 3), torch.ones(3, 5)), (torch.ones(0, 3), torch.ones(3, 0)),
+    (torch.ones(2, 3, dtype=torch.int32), torch.ones(3, 2, dtype=torch.int32)),
+])  # fmt: skip
+def test_tensors_that_are_no_pair_are_named(a, b, tmp_path):
+    save_file({"unet.mid.lora_A.weight": a, "unet.mid.lora_B.weight": b}, tmp_path / "odd.safetensors")
+    with pytest.raises(WeightsError, match="A and B of mid are"):
+        main([str(tmp_path / "odd.safetensors"), "--to", "peft", "--out", str(tmp_path / "x")])
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------- the two commands

@@ -241,6 +241,15 @@ def test_a_damaged_image_is_found_before_the_training(held_out, there, tmp_path,
     assert code == 3 and said.startswith(f"command.py: {rows[0].file}: damaged image") and listing(there) == before
 
 
+def test_a_training_that_ends_in_infinity_says_so(place, tmp_path, capsys, monkeypatch):
+    """In its first look at what is held out, before three steps in a row could."""
+    words = ["--model", "msdm-tiny", "--stage", "vae", "--data", f"clef:{place / 'data'}", "--test_prompts", ""]
+    words += ["--steps", "1", "--batch", "1", "--lr", "1e30", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    code, said = called(train.main, words, capsys, monkeypatch)
+    assert code == 1 and said.splitlines()[-1].startswith("command.py: vae: what is held out has no finite loss")
+    assert not [*tmp_path.rglob("checkpoints/*")]
+
+
 def test_a_prompt_of_a_megabyte_is_no_burden():
     """What is cut of it is found without a copy of it for each of its words."""
     found = too_long(["polyp " * 170_000], 77, lambda texts: [len(text.split()) + 2 for text in texts])
@@ -366,6 +375,7 @@ def test_under_torchrun_one_rank_speaks_and_the_launchers_report_ends_with_it(tm
     assert told[0].endswith("--local-dir weights/openai/clip-vit-large-patch14")
     assert lines[-1] == f"traceback : {told[0]}"
     assert "<NO_OTHER_FAILURES>" in lines  # the others are no failures, whatever their number
+    assert "closing signal" not in done.stderr  # and have left by themselves
 
 
 def test_a_full_disk_and_too_little_memory_are_the_machines(capsys):

@@ -1,6 +1,7 @@
 """What stops a run besides the end: signals outside the steps, a full disk, a folder that is not there any more."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -11,6 +12,7 @@ import torch
 import train
 from nanomed import systems
 from nanomed.run import files, flags, runs, signals
+from nanomed.run.flags import UsageError
 from nanomed.run.ranks import ALONE
 
 WORDS = ["--model", "msdm-tiny", "--data", "toy:16", "--batch", "4", "--save_every", "2", "--score_images", "0",
@@ -98,3 +100,26 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_chosen_anew(trained, capsys)
     shutil.rmtree(run / "checkpoints" / f"vae-step-{best:06d}", ignore_errors=True)
     assert trained("--resume", str(run), "--steps", "8")[0] == 0
     assert f"the best checkpoint, step {best}, is gone" in capsys.readouterr().out
+
+
+def test_what_somebody_has_changed_in_a_run_is_one_line(trained, tmp_path):
+    """Files that one may open and write in, or remove."""
+    _, run = trained("--steps", "2")
+    last = "checkpoints/vae-step-000002"
+    for number, (file, change, told) in enumerate([
+        ("config.json", {"steps": "many"}, "steps is \"many\" in the run's config.json: not a whole number"),
+        ("config.json", {"batch": -1}, "batch is -1 in the run's config.json: out of range, which is 1 .. 65536"),
+        ("config.json", {"augment": 1}, "augment is 1 in the run's config.json: not true or false"),
+        ("config.json", {"recipes": 7}, "is damaged: recipes is 7"),
+        ("state.json", {"stages": 3}, "is damaged: stages is 3"),
+        ("state.json", {"stages": ["moon"]}, "its stage moon is none of msdm-tiny"),
+        (f"{last}/state.json", {"sha256": None}, "is damaged: remove the folder"),
+        (f"{last}/optimizer.safetensors", None, "is damaged: remove the folder"),
+    ]):  # fmt: skip
+        path = shutil.copytree(run, tmp_path / str(number)) / file
+        if change is None:
+            path.unlink()
+        else:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(UsageError, match=re.escape(told)):
+            trained("--resume", str(tmp_path / str(number)), "--steps", "4")

@@ -80,7 +80,7 @@ def parse(
     whole = dataclasses.make_dataclass(cls.__name__, [], bases=(*reversed(extra), cls)) if extra else cls
     fields = {field.name: field for field in dataclasses.fields(whole)}
     preset = {name: value for name, value in presets(model).items() if name in fields} if presets and model else {}
-    known = preset | {name: value for name, value in before.items() if name in fields}
+    known = preset | {name: _kept(name, value, fields[name].type) for name, value in before.items() if name in fields}
 
     parser = Parser(
         prog=program(),
@@ -152,6 +152,19 @@ def kind_of(annotation: Any) -> type:
     raise TypeError(f"a flag cannot be of type {annotation}")
 
 
+def _kept(name: str, value: Any, annotation: Any) -> Any:
+    """A setting of a run to go on with, in whose file somebody may have written; UsageError for what no flag gives."""
+    kind, limits = kind_of(annotation), range_of(annotation)
+    kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+    number = kind in (int, float)
+    if value is not None and (not isinstance(value, kinds) or number and isinstance(value, bool)):
+        raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: not {_NAMES[kind]}")
+    if number and value is not None and not (math.isfinite(value) and within(value, limits)):
+        raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: out of range, which is {limits}")
+    return value
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
 NUMBER = {int: r"[+-]?[0-9][0-9_]*", float: r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
 
 
@@ -342,7 +355,8 @@ def understood(error: Exception) -> tuple[int | None, str]:
     code = next((CODES[kind] for kind in kinds if kind in CODES), None)
     line = str(error)
     if code is None and isinstance(error, OSError) and error.filename is not None:
-        code, line = MACHINE, f"{os.fsdecode(error.filename)}: {error.strerror}"
+        name = os.fsdecode(error.filename)
+        code, line = MACHINE, f"{name if len(name) <= 300 else name[:77] + '...'}: {error.strerror}"
     elif code is None and ("OutOfMemoryError" in kinds or "MemoryError" in kinds or "t allocate memory" in line):
         code, line = MACHINE, "not enough memory: lower --batch or --size"
     return code, "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
@@ -352,11 +366,18 @@ def refuse(line: str) -> None:
     """Say a refusal. Of the processes of torchrun the first speaks. The launcher prints a report of its own behind it
     whatever a process does; its last line is what stands in the error file, so it is the refusal again."""
     line = f"{program()}: {line}"
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    first = path and Path(path).parents[1] / "0" / Path(path).name  # of the first process of this machine
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     else:  # the launcher ends all processes when it finds one ended: let that be the one that has spoken. This one ends
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as it is told to, or the report had six lines on it
-        time.sleep(10)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        for _ in range(200):
+            if first and first.is_file():  # and unasked where the first has refused too, or it had one
+                os._exit(0)
+            time.sleep(0.05)
+    if path:
         told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()) - 1)}}
         Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
+        if os.environ.get("RANK") == "0" and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            time.sleep(0.3)  # for the others to leave
