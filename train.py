@@ -148,7 +148,7 @@ def main() -> int:
 
 def read_flags() -> tuple[Config, dict]:
     """The command line, and with --resume what the config.json of that run says, upon which it is read."""
-    own = dict(presets=systems.recipe, own=systems.options, description=__doc__)
+    own = dict(presets=systems.recipe, own=systems.options, description=__doc__, below=of_stages)
     if not (name := flags.said("resume")):
         return flags.parse(Config, **own), {}
     model = flags.said("model")
@@ -166,6 +166,13 @@ def read_flags() -> tuple[Config, dict]:
     config.began = before.get("world", 1)
     runs.compared(folder, before, asdict(config), config.resume_anyway)
     return config, before
+
+
+def of_stages(model: str) -> str:
+    """What the stages of a model have for themselves where no flag is given, for the help."""
+    lines = [f"  {stage}: " + " ".join(f"--{name} {value}" for name, value in systems.recipe(model, stage).items())
+             for stage in systems.stages_with_recipes(model)]  # fmt: skip
+    return "\n".join([f"the stages of {model} have for themselves, where no flag is given:", *lines]) if lines else ""
 
 
 def check(config: Config, before: dict, system, ranks: Ranks) -> None:

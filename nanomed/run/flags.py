@@ -61,6 +61,7 @@ def parse(
     description: str = "",
     words: Sequence[str] = (),
     before: Mapping[str, Any] | None = None,
+    below: Callable[[str], str] = lambda model: "",
 ) -> Config:
     """Make an instance of the dataclass `cls` from command-line flags.
 
@@ -68,7 +69,8 @@ def parse(
     `presets(model)`, else from the field's default. `-` and `_` are the same in flag names, and the names in `ALIASES`
     are understood. `own(model)` names dataclasses whose fields are flags for this model only; the instance has them as
     attributes, too. Fields named in `words` are said without a flag, in this order; one of type `tuple[str, ...]` takes
-    all that come. The instance's `given` lists the fields that the command line named.
+    all that come. What `below(model)` says ends the help. The instance's `given` lists the fields that the command line
+    named.
 
     Raises UsageError for a value out of its range, and for flags that there are not.
     """
@@ -86,6 +88,7 @@ def parse(
         prog=program(),
         usage=" ".join(["%(prog)s", *(name.upper() for name in words), "[--flag VALUE ...]"]),
         description=description,
+        epilog=below(model) if model else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
