@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -74,6 +75,41 @@ def test_a_full_disk_is_an_error_of_the_machine_with_its_file(tmp_path, monkeypa
         files.write_tensors(tmp_path / "x.safetensors", {})
     assert flags.understood(error.value) == (flags.MACHINE, f"{tmp_path / 'x.safetensors'}: No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: files.write_text(path, "x" * 2_000_000), lambda path: files.write_json(path, ["x"] * 500_000),
+    lambda path: files.write_png(path, torch.randint(256, (800, 800, 3), dtype=torch.uint8)),
+    lambda path: files.write_tensors(path, {"x": torch.ones(500_000)}),
+])  # fmt: skip
+def test_whatever_is_written_to_a_full_disk_is_named(write, tmp_path):
+    """The system names no file where a write fails; a limit on the size of files fails as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert flags.understood(error.value) == (flags.MACHINE, f"{tmp_path / 'file'}: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_a_full_disk_does_not_take_is_the_machines():
+    """Of the log, which is added to."""
+    assert flags.understood(OSError(28, "No space left on device")) == (flags.MACHINE, "No space left on device")
+
+
+def test_an_output_that_nobody_reads_any_more_is_one_line(tmp_path):
+    """As of `| head -1`."""
+    script = "from nanomed.run import flags; flags.main(lambda: print('line\\n' * 100_000))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode().splitlines()
+    assert process.returncode == flags.MACHINE and len(said) == 1 and "nobody reads" in said[0]
 
 
 def test_a_run_keeps_the_recipe_that_it_began_with(trained, monkeypatch):

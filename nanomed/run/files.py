@@ -49,8 +49,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as error:
         _remove(temporary)
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that its reader knows
+        if isinstance(error, OSError) and error.errno is not None:  # the name that its reader knows
+            told = str(path) if error.filename is None else os.fsdecode(error.filename)
+            error.filename = told.replace(str(temporary), str(path))
         raise
 
 

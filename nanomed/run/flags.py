@@ -13,6 +13,7 @@ infinity are no numbers, and digits are 0 to 9.
 
 import argparse
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -317,6 +318,7 @@ def _source(cls: type) -> str:
 
 CODES = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
 INTERRUPTED = 130  # by Ctrl-C, as shells have it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # also said of no file by name, when a line is added to one
 MACHINE = 5  # a file that cannot be read or written, or too little memory
 
 
@@ -338,6 +340,7 @@ def main(run: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = run() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
         refuse("stopped")
@@ -346,6 +349,8 @@ def main(run: Callable[[], int | None]) -> None:
         if code is None:
             raise
         refuse(line)
+        if isinstance(error, BrokenPipeError):  # or what is left to write would complain again at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     group = sys.modules["torch"].distributed if "torch" in sys.modules else None
     if group and group.is_available() and group.is_initialized():
         group.destroy_process_group()
@@ -360,6 +365,10 @@ def understood(error: Exception) -> tuple[int | None, str]:
     if code is None and isinstance(error, OSError) and error.filename is not None:
         name = os.fsdecode(error.filename)
         code, line = MACHINE, f"{name if len(name) <= 300 else name[:77] + '...'}: {error.strerror}"
+    elif code is None and isinstance(error, OSError) and error.errno in FULL:
+        code, line = MACHINE, error.strerror
+    elif code is None and isinstance(error, BrokenPipeError):
+        code, line = MACHINE, "nobody reads the standard output any more"
     elif code is None and ("OutOfMemoryError" in kinds or "MemoryError" in kinds or "t allocate memory" in line):
         code, line = MACHINE, "not enough memory: lower --batch or --size"
     return code, "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
