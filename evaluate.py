@@ -55,6 +55,7 @@ class Config:
 
 def main() -> None:
     config = flags.parse(Config, gathered(sys.argv[1:]), description=__doc__)
+    flags.check_place(f"--out {config.out}", config.out, folder=True)
     if config.stand_in:
         from nanomed.evaluation import toyworld
 
@@ -176,9 +177,13 @@ def named(spec: str) -> dict[str, list[str]]:
         name, equals, where = item.partition("=")
         if not equals or Path(item).exists():
             name = where = item
+        if not name.strip() or not all(part.strip() for part in where.split("+")):
+            raise UsageError(f"--real {spec}: {item} names no set; say DIR, NAME=DIR or NAME=DIR+DIR")
         if name in sets:
             raise UsageError(f"--real {spec}: two sets are called {name}")
         sets[name] = [where] if Path(where).exists() or data.there(where) else where.split("+")
+    if not sets:
+        raise UsageError(f"--real {spec}: it names no set")
     return sets
 
 

@@ -18,7 +18,7 @@ import nanomed  # noqa: F401  # isort: skip  # before torch, whose libraries rea
 import torch
 
 from nanomed import systems
-from nanomed.data import ranges
+from nanomed.data import images, ranges
 from nanomed.data.prompts import read_prompts
 from nanomed.run import flags, runs, signals
 from nanomed.run.flags import UsageError
@@ -123,8 +123,8 @@ def main() -> int:
     long, pieces = system.judge_lengths(texts, config.long_prompts, config.data)
     system.pieces = max([1, *pieces.values()])  # of all texts alike, for they share batches
     run = open_run(config, before, system, split, ranks)
-    images = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
-    run.say(f"{run.folder}: {config.model} on {images}, {ranks.device}\nits page: {run.folder / page.NAME}")
+    told = f"{len(split[0].rows)} images ({len(split[1].rows) or 'nothing'} held out)"
+    run.say(f"{run.folder}: {config.model} on {told}, {ranks.device}\nits page: {run.folder / page.NAME}")
     page.keep(run)
     stop.leave = lambda: run.preempted(stop.received)
     run.say("\n".join(long))
@@ -156,7 +156,7 @@ def main() -> int:
 
 def read_flags() -> tuple[Config, dict]:
     """The command line, and with --resume what the config.json of that run says, upon which it is read."""
-    own = dict(presets=systems.recipe, own=systems.options, description=__doc__)
+    own = dict(presets=systems.recipe, own=systems.options, description=__doc__, below=of_stages)
     if not (name := flags.said("resume")):
         return flags.parse(Config, **own), {}
     model = flags.said("model")
@@ -174,6 +174,13 @@ def read_flags() -> tuple[Config, dict]:
     config.began = before.get("world", 1)
     runs.compared(folder, before, asdict(config), config.resume_anyway)
     return config, before
+
+
+def of_stages(model: str) -> str:
+    """What the stages of a model have for themselves where no flag is given, for the help."""
+    lines = [f"  {stage}: " + " ".join(f"--{name} {value}" for name, value in systems.recipe(model, stage).items())
+             for stage in systems.stages_with_recipes(model)]  # fmt: skip
+    return "\n".join([f"the stages of {model} have for themselves, where no flag is given:", *lines]) if lines else ""
 
 
 def check(config: Config, before: dict, system, ranks: Ranks) -> None:
@@ -195,6 +202,8 @@ def check(config: Config, before: dict, system, ranks: Ranks) -> None:
     if getattr(config, "buckets", False) and len(system.bucket_shapes()) == 1:
         raise UsageError(f"--buckets: {config.model} draws images of one shape, {system.size} x {system.size}")
     done = runs.stages_of(config.resume or config.base) if config.resume or config.base else []
+    if odd := [stage for stage in done if stage not in system.stages]:
+        raise UsageError(f"{config.resume or config.base}: its stage {odd[0]} is none of {config.model}")
     missing = [stage for stage in system.stages if stage not in done]
     if config.stage in missing and system.in_order and config.stage != missing[0] and not config.dry_run:
         raise UsageError(f"--stage {config.stage} builds on stage {missing[0]}: say --resume with a run that has it")
@@ -217,6 +226,8 @@ def read_data(config: Config, before: dict, system, ranks: Ranks):
     decided = before["ranges"] if same else ranges.of_table(table, config.range) if ranks.first else []
     config.decided = ranks.agree(decided)
     table = ranges.ranged(table, config.decided)
+    if ranks.first and not before:
+        images.judge(table.rows)
     if system.pad and not getattr(config, "buckets", False):
         table = data.padded(table)
     if config.captions:
@@ -270,7 +281,7 @@ def longer(config: Config, before: dict, system, run: Run) -> tuple[str, str]:
         return "", ""
     done, order = run.state["stages"], [*system.stages]
     stage = config.stage or next((other for other in order if other not in done), order[-1])
-    old = replace(config, steps=before["steps"], epochs=before["epochs"])
+    old = replace(config, steps=before.get("steps", config.steps), epochs=before.get("epochs", 0.0))
     old.given = tuple(before["given"])
     old.recipes = config.recipes
     old, new = _for_stage(old, stage), _for_stage(config, stage)

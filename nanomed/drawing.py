@@ -10,6 +10,7 @@ May import `weights` and `run`; the system is handed to it. Must not know traini
 
 import hashlib
 import json
+import unicodedata
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,9 +50,7 @@ class Drawing:
     zip: bool = False  # also write OUT.zip
 
 
-def draw(
-    system, prompts: Sequence[str | dict], how: Drawing, ranks: Ranks = ALONE, progress: bool = False
-) -> None:
+def draw(system, prompts: Sequence[str | dict], how: Drawing, ranks: Ranks = ALONE, progress: bool = False) -> None:
     """Write OUT/{row}.png for every prompt, and manifest.jsonl when all are there.
 
     prompts   texts, or rows of a prompts file (`read_rows`), whose entries decide in the place of `how`
@@ -138,7 +137,7 @@ def ordered(prompts: Sequence[str | dict], how: Drawing) -> tuple[list[Picture],
             names.append(f"{name}-{i}.png" if "file" in row and how.per_prompt > 1 else f"{name}.png")
     taken: dict[str, int] = {}
     for number, name in enumerate(names):
-        if (first := taken.setdefault(name.lower(), number)) != number:
+        if (first := taken.setdefault(unicodedata.normalize("NFC", name).lower(), number)) != number:
             raise UsageError(f"images {first} and {number} would both be {name}: change the column file")
     return pictures, names
 

@@ -3,6 +3,7 @@ images of diffusers and peft on miniatures in the published layout."""
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import nanomed
 from nanomed import systems
 from nanomed.adapters import formats, lora, onto
 from nanomed.adapters.__main__ import main
+from nanomed.run import flags
 from nanomed.run.flags import UsageError
 from nanomed.weights import WeightsError, WeightsNotFound
 
@@ -260,7 +262,8 @@ def test_pixart_and_medart_merged_are_a_pipeline_of_diffusers(name, kind, run, p
     close(drawn(nanomed.load("pixart", weights=tmp_path / "whole")), ours, CLOSE)
     inside = {str(p.relative_to(pixart_folder)) for p in pixart_folder.rglob("*") if p.is_file()}
     assert {str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*") if p.is_file()} == inside
-    assert main([str(folder), "--merge", "--out", str(tmp_path / "whole")]) == 2  # never over what is there
+    with pytest.raises(UsageError, match="is there already"):  # never over what is there
+        main([str(folder), "--merge", "--out", str(tmp_path / "whole")])
 
 
 def test_kandinsky_merged_is_two_pipelines_of_diffusers(kandinsky_folder, tmp_path, capsys):
@@ -343,10 +346,43 @@ def test_mistakes_are_one_line_and_an_exit_code(words, code, theirs, tmp_path, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     places = {"RUN": theirs[0] / "peft", "JUNK": tmp_path / "junk.safetensors"}
-    assert main([str(places.get(word, word)) for word in words]) == code
+    monkeypatch.setattr("sys.argv", ["adapters", *(str(places.get(word, word)) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        flags.main(main)
+    assert ended.value.code == code
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and not said.out
     assert [path.name for path in tmp_path.iterdir()] == ["junk.safetensors"]
+
+
+@pytest.mark.parametrize("change", [
+    {"lora_alpha": None}, {"lora_alpha": "many"}, {"alpha_pattern": 3}, {"rank_pattern": {"(": 1}}, {"r": 5},
+])  # fmt: skip
+@pytest.mark.parametrize("verb", ["show", "to", "merge"])
+def test_settings_that_say_no_rank_or_alpha_are_named(verb, change, theirs, pixart_folder, tmp_path):
+    folder = shutil.copytree(theirs[0] / "peft", tmp_path / "peft")
+    said = json.loads((folder / "adapter_config.json").read_text()) | change
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    out = ["--out", str(tmp_path / "x")]
+    words = {"show": ["show", str(folder)], "to": [str(folder), "--to", "kohya", *out],
+             "merge": [str(folder), "--merge", *out, "--weights", str(pixart_folder)]}  # fmt: skip
+    if verb == "show" and change in ({"lora_alpha": None}, {"rank_pattern": {"(": 1}}, {"r": 5}):
+        assert main(words[verb]) == 0  # it tells what the tensors are
+        return
+    with pytest.raises(WeightsError, match="adapter_model"):
+        main(words[verb])
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.mark.parametrize("a, b", [
+    (torch.ones(()), torch.ones(())), (torch.ones(2, 3), torch.ones(3, 5)), (torch.ones(0, 3), torch.ones(3, 0)),
+    (torch.ones(2, 3, dtype=torch.int32), torch.ones(3, 2, dtype=torch.int32)),
+])  # fmt: skip
+def test_tensors_that_are_no_pair_are_named(a, b, tmp_path):
+    save_file({"unet.mid.lora_A.weight": a, "unet.mid.lora_B.weight": b}, tmp_path / "odd.safetensors")
+    with pytest.raises(WeightsError, match="A and B of mid are"):
+        main([str(tmp_path / "odd.safetensors"), "--to", "peft", "--out", str(tmp_path / "x")])
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------- the two commands
@@ -461,7 +497,8 @@ def test_training_on_top_of_a_folded_adapter(trainer, theirs, pixart_folder, tmp
     for name, tensor in by_hand.transformer.state_dict().items():
         assert torch.equal(tensor, with_all.transformer.state_dict()[name]), name
     close(drawn(nanomed.load("pixart", weights=pixart_folder, lora=str(run))), drawn(by_hand), 0)
-    assert main([str(run), "--to", "peft", "--out", str(tmp_path / "p")]) == 2
+    with pytest.raises(UsageError, match="lies on 1 others"):
+        main([str(run), "--to", "peft", "--out", str(tmp_path / "p")])
     assert main([str(run), "--merge", "--out", str(tmp_path / "whole"), "--weights", str(pixart_folder)]) == 0
     close(diffusers_draws(tmp_path / "whole"), drawn(by_hand), CLOSE)
 

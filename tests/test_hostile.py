@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from functools import cache
@@ -22,19 +23,24 @@ import torch
 from PIL import Image
 
 import evaluate
+import nanomed.adapters.__main__
+import nanomed.captions.__main__
 import nanomed.captions.paraphrase
 import nanomed.data.__main__
+import nanomed.evaluation.__main__
 import nanomed.tables.__main__
 import nanomed.weights.__main__
 import sample
 import train
-from nanomed import systems, weights
+from nanomed import data, systems, weights
+from nanomed.adapters import formats, lora
 from nanomed.data import grammar, toy
 from nanomed.drawing import Drawing, draw
 from nanomed.evaluation import measuring, toyworld
 from nanomed.metrics.features import PROTOCOLS
 from nanomed.run import files, flags, signals
 from nanomed.run.flags import UsageError, within
+from nanomed.text.lengths import too_long
 
 ROOT = Path(__file__).parents[1]
 VALUES = [
@@ -56,6 +62,9 @@ def place(tmp_path_factory) -> Path:
             Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
                 place / kind / f"{i}.png"
             )
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    lora.inject(net, 2, targets=["0"])
+    formats.save_peft(place / "adapter", net)
     return place
 
 
@@ -78,6 +87,9 @@ def there(place, monkeypatch):
     two = grammar.all_prompts()[:2]
     monkeypatch.setattr(grammar, "all_prompts", lambda: list(two))
     monkeypatch.setattr(toyworld, "train_stand_in", lambda path: 1.0)
+    monkeypatch.setattr("nanomed.evaluation.damages.matrix", lambda *a: {})
+    for text in ("as_json", "markdown", "page"):
+        monkeypatch.setattr(f"nanomed.evaluation.damages.{text}", lambda *a: "")
     for system in ("msdm.MSDM", "medart.MedArt", "miniatures.kandinsky2.Kandinsky2Tiny"):
         monkeypatch.setattr(f"nanomed.systems.{system}.sample", lambda s, p, *a, **k: torch.zeros(len(p), 3, 8, 8))
     return place
@@ -111,6 +123,9 @@ COMMANDS = {  # main, its flags, what is said besides, and the words that stand 
     "nanomed.weights": (nanomed.weights.__main__.main, nanomed.weights.__main__.Config, ["check"], ("verb", "names")),
     "nanomed.captions.paraphrase": (nanomed.captions.paraphrase.main, nanomed.captions.paraphrase.Config, ["out.csv"],
                                     ("file",)),
+    "nanomed.adapters": (nanomed.adapters.__main__.main, nanomed.adapters.__main__.Config,
+                         ["adapter", "--to", "kohya", "--out", "out"], ("path",)),
+    "nanomed.evaluation": (nanomed.evaluation.__main__.main, nanomed.evaluation.__main__.Config, ["--out", "out"], ()),
     "nanomed.tables": (nanomed.tables.__main__.main, nanomed.tables.__main__.Config,
                        ["run", "mmcp-2", "--tiny", "--out", "out"], ("verb", "table")),
 }  # fmt: skip
@@ -171,12 +186,75 @@ def test_what_a_refusal_says(there, capsys, monkeypatch):
         assert called(train.main, words, capsys, monkeypatch) == (2, f"command.py: {told}\n")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has /proc")
-def test_a_place_that_takes_no_files_is_refused_with_its_flag_before_anything_is_measured():
-    """Whoever runs it: to root, /proc looks as if it could be written to."""
-    for kind in ("folder", "file"):
-        with pytest.raises(UsageError, match="^--out /proc/nope/x: /proc cannot be written to$"):
-            flags.converted("--out", "/proc/nope/x", Annotated[str, f"a {kind} to write"])
+WRITING = {  # commands that write where --out says, with what else they need
+    "train.py": (train.main, ["--model", "msdm-tiny"]), "sample.py": (sample.main, ["--prompts", "prompts.txt"]),
+    "evaluate.py": (evaluate.main, EVALUATE[:4]), "tables": (nanomed.tables.__main__.main, ["run", "mmcp-2", "--tiny"]),
+    "evaluation": (nanomed.evaluation.__main__.main, []),
+    "adapters": (nanomed.adapters.__main__.main, ["adapter", "--to", "kohya"]),
+    "paraphrase": (nanomed.captions.paraphrase.main, ["prompts.txt"]),
+    "vsg": (nanomed.captions.__main__.main, ["vsg", "clef:data"]),
+    "simplify": (nanomed.captions.__main__.main, ["simplify", "prompts.txt"]),
+    "captions paraphrase": (nanomed.captions.__main__.main, ["paraphrase", "prompts.txt"]),
+    "captions train": (nanomed.captions.__main__.main, ["train"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_place_that_takes_no_files_is_named_before_any_work(name, there, capsys, monkeypatch, tmp_path):
+    """As /proc, or a disk that is read-only, where rights tell nothing to one who may do everything."""
+    main, words = WRITING[name]
+    made, shut = tempfile.TemporaryFile, tmp_path / "shut"
+    shut.mkdir()
+
+    def refusing(*args, dir=None, **kwargs):
+        if dir is not None and Path(dir).resolve() == shut:
+            raise FileNotFoundError(2, "No such file or directory", str(dir))
+        return made(*args, dir=dir, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refusing)
+    code, said = called(main, [*words, "--out", str(shut / "nope")], capsys, monkeypatch)
+    assert (code, said) == (2, f"command.py: --out {shut / 'nope'}: {shut} cannot be written to\n")
+
+
+@pytest.mark.parametrize("name", ["evaluate.py", "evaluation", "captions train"])  # which write after long work
+def test_a_default_that_takes_no_files_is_named_before_any_work(name, there, capsys, monkeypatch):
+    main, words = WRITING[name]
+    monkeypatch.setattr(flags, "_takes_files", lambda folder: False)
+    code, said = called(main, words, capsys, monkeypatch)
+    assert code == 2 and "--out " in said and said.endswith("cannot be written to\n")
+
+
+def test_a_file_to_write_is_a_plain_one(there, capsys, monkeypatch):
+    """/dev/null would be replaced, by one who may."""
+    code, said = called(nanomed.captions.paraphrase.main, ["prompts.txt", "--out", os.devnull], capsys, monkeypatch)
+    assert (code, said) == (2, f"command.py: --out {os.devnull}: that is no plain file\n")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_damaged_image_is_found_before_the_training(held_out, there, tmp_path, capsys, monkeypatch):
+    """Whether it is to be trained on or held out; and nothing has been written."""
+    shutil.copytree("data", tmp_path / "data")
+    rows = data.load(f"clef:{tmp_path / 'data'}").split(0.5, 2204, by_label=None)[held_out].rows
+    rows[0].file.write_bytes(rows[0].file.read_bytes()[:600])
+    before = listing(there)
+    words = ["--model", "msdm-tiny", *TRAIN, "--data", f"clef:{tmp_path / 'data'}", "--valid", "0.5"]
+    code, said = called(train.main, words, capsys, monkeypatch)
+    assert code == 3 and said.startswith(f"command.py: {rows[0].file}: damaged image") and listing(there) == before
+
+
+def test_a_training_that_ends_in_infinity_says_so(place, tmp_path, capsys, monkeypatch):
+    """In its first look at what is held out, before three steps in a row could."""
+    words = ["--model", "msdm-tiny", "--stage", "vae", "--data", f"clef:{place / 'data'}", "--test_prompts", ""]
+    words += ["--steps", "1", "--batch", "1", "--lr", "1e30", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    code, said = called(train.main, words, capsys, monkeypatch)
+    assert code == 1 and said.splitlines()[-1].startswith("command.py: vae: what is held out has no finite loss")
+    assert not [*tmp_path.rglob("checkpoints/*")]
+
+
+def test_a_prompt_of_a_megabyte_is_no_burden():
+    """What is cut of it is found without a copy of it for each of its words."""
+    found = too_long(["polyp " * 170_000], 77, lambda texts: [len(text.split()) + 2 for text in texts])
+    assert [(length, len(rest.split())) for length, rest in found.values()] == [(170_002, 169_925)]
 
 
 @pytest.mark.parametrize("limits, inside, outside", [
@@ -298,6 +376,7 @@ def test_under_torchrun_one_rank_speaks_and_the_launchers_report_ends_with_it(tm
     assert told[0].endswith("--local-dir weights/openai/clip-vit-large-patch14")
     assert lines[-1] == f"traceback : {told[0]}"
     assert "<NO_OTHER_FAILURES>" in lines  # the others are no failures, whatever their number
+    assert "closing signal" not in done.stderr  # and have left by themselves
 
 
 def test_a_full_disk_and_too_little_memory_are_the_machines(capsys):

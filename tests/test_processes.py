@@ -4,6 +4,7 @@ The oracle is one process with the same samples of every step: `--accumulate 2` 
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -226,3 +227,13 @@ def test_help_ends_with_the_models_own_flags(capsys):
     with pytest.raises(SystemExit):
         flags.parse(train.Config, ["--model", "msdm", "--help"], systems.recipe, systems.options)
     assert "hldf" not in capsys.readouterr().out
+
+
+def test_help_says_what_stages_have_for_themselves(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--model", "msdm-tiny", "--help"])
+    with pytest.raises(SystemExit):
+        train.main()
+    told = capsys.readouterr().out.split("where no flag is given:")[1]
+    for stage in ("vae", "unet"):
+        for name, value in systems.recipe("msdm-tiny", stage).items():
+            assert re.search(rf"^  {stage}: .*--{name} {re.escape(str(value))}( |$)", told, re.M), name

@@ -18,10 +18,10 @@ from PIL import Image
 
 import nanomed
 from nanomed import drawing, systems
-from nanomed.data import grammar
+from nanomed.data import grammar, prompts
 from nanomed.data.prompts import read_rows
 from nanomed.data.table import DataError
-from nanomed.run import files
+from nanomed.run import files, flags
 from nanomed.run.flags import UsageError
 from nanomed.run.randomness import ImageNoise
 
@@ -323,7 +323,8 @@ def test_a_named_seed_gives_the_same_image_wherever_its_row_is(model, tmp_path):
 @pytest.mark.parametrize("column, cell", [
     ("seed", "1.5"), ("seed", "x"), ("steps", "0"), ("steps", "-1"), ("size", "0"), ("guidance", "nan"),
     ("guidance", "much"), ("file", "../a"), ("file", "a/b"), ("file", "CON"), ("file", ".hidden"), ("file", "a:b"),
-    ("seed", "\u0663"), ("file", "x" * 300),
+    ("seed", "\u0663"), ("file", "x" * 300), ("seed", "-1"), ("guidance", "1e300"), ("guidance", "-4"),
+    ("size", "99999999999999968"), ("file", "com\u00b9.txt"), ("file", "conin$"),
 ])  # fmt: skip
 def test_cells_out_of_range_are_named_with_their_row(model, tmp_path, column, cell):
     with pytest.raises(DataError, match=rf"p\.csv:3: {column} is"):
@@ -331,7 +332,14 @@ def test_cells_out_of_range_are_named_with_their_row(model, tmp_path, column, ce
     assert not (tmp_path / "o").exists()
 
 
-def test_two_images_of_one_name_are_refused(model, tmp_path):
+def test_a_cell_has_the_range_of_its_flag():
+    for name, (kind, limits) in prompts.RANGES.items():
+        of = drawing.Drawing.__annotations__[name]
+        assert (flags.kind_of(of), flags.range_of(of)) == (kind, limits), name
+
+
+@pytest.mark.parametrize("one, other", [("x", "X.png"), ("\u00e9", "e\u0301")])  # the same to Windows, and to macOS
+def test_two_images_of_one_name_are_refused(model, tmp_path, one, other):
     with pytest.raises(UsageError, match="would both be"):
-        drawn_from(model, tmp_path, "prompt,file\na,x\nb,X.png\n")
+        drawn_from(model, tmp_path, f"prompt,file\na,{one}\nb,{other}\n")
     assert not (tmp_path / "o").exists()

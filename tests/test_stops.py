@@ -1,8 +1,10 @@
 """What stops a run besides the end: signals outside the steps, a full disk, a folder that is not there any more."""
 
 import json
+import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import train
 from nanomed import systems
 from nanomed.run import files, flags, runs, signals
+from nanomed.run.flags import UsageError
 from nanomed.run.ranks import ALONE
 
 WORDS = ["--model", "msdm-tiny", "--data", "toy:16", "--batch", "4", "--save_every", "2", "--score_images", "0",
@@ -74,6 +77,41 @@ def test_a_full_disk_is_an_error_of_the_machine_with_its_file(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("write", [
+    lambda path: files.write_text(path, "x" * 2_000_000), lambda path: files.write_json(path, ["x"] * 500_000),
+    lambda path: files.write_png(path, torch.randint(256, (800, 800, 3), dtype=torch.uint8)),
+    lambda path: files.write_tensors(path, {"x": torch.ones(500_000)}),
+])  # fmt: skip
+def test_whatever_is_written_to_a_full_disk_is_named(write, tmp_path):
+    """The system names no file where a write fails; a limit on the size of files fails as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert flags.understood(error.value) == (flags.MACHINE, f"{tmp_path / 'file'}: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_a_full_disk_does_not_take_is_the_machines():
+    """Of the log, which is added to."""
+    assert flags.understood(OSError(28, "No space left on device")) == (flags.MACHINE, "No space left on device")
+
+
+def test_an_output_that_nobody_reads_any_more_is_one_line(tmp_path):
+    """As of `| head -1`."""
+    script = "from nanomed.run import flags; flags.main(lambda: print('line\\n' * 100_000))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode().splitlines()
+    assert process.returncode == flags.MACHINE and len(said) == 1 and "nobody reads" in said[0]
+
+
 def test_a_run_keeps_the_recipe_that_it_began_with(trained, monkeypatch):
     """A preset that has changed since does not change a run that goes on; config.json says what trains."""
     code, run = trained("--steps", "2")
@@ -98,3 +136,26 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_chosen_anew(trained, capsys)
     shutil.rmtree(run / "checkpoints" / f"vae-step-{best:06d}", ignore_errors=True)
     assert trained("--resume", str(run), "--steps", "8")[0] == 0
     assert f"the best checkpoint, step {best}, is gone" in capsys.readouterr().out
+
+
+def test_what_somebody_has_changed_in_a_run_is_one_line(trained, tmp_path):
+    """Files that one may open and write in, or remove."""
+    _, run = trained("--steps", "2")
+    last = "checkpoints/vae-step-000002"
+    for number, (file, change, told) in enumerate([
+        ("config.json", {"steps": "many"}, "steps is \"many\" in the run's config.json: not a whole number"),
+        ("config.json", {"batch": -1}, "batch is -1 in the run's config.json: out of range, which is 1 .. 65536"),
+        ("config.json", {"augment": 1}, "augment is 1 in the run's config.json: not true or false"),
+        ("config.json", {"recipes": 7}, "is damaged: recipes is 7"),
+        ("state.json", {"stages": 3}, "is damaged: stages is 3"),
+        ("state.json", {"stages": ["moon"]}, "its stage moon is none of msdm-tiny"),
+        (f"{last}/state.json", {"sha256": None}, "is damaged: remove the folder"),
+        (f"{last}/optimizer.safetensors", None, "is damaged: remove the folder"),
+    ]):  # fmt: skip
+        path = shutil.copytree(run, tmp_path / str(number)) / file
+        if change is None:
+            path.unlink()
+        else:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(UsageError, match=re.escape(told)):
+            trained("--resume", str(tmp_path / str(number)), "--steps", "4")

@@ -1,8 +1,8 @@
 """Adapters from format to format, and into published weights, without a network: files hold all there is to know."""
 
-import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def _dotted(source: Source, prefix: str, tensors: Mapping[str, Tensor]) -> dict[
 
 def _stored(source: Source, prefix: str, tensors: Mapping[str, Tensor], settings: dict) -> formats.Stored:
     named: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
+    alphas: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = formats.KEY.fullmatch(key, len(prefix))
@@ -71,7 +71,7 @@ def _stored(source: Source, prefix: str, tensors: Mapping[str, Tensor], settings
             raise WeightsError(f"{source.file}: {key} is no tensor of a LoRA")
         layer = match["path"].removeprefix("base_model.model.")
         if slot == "alpha":
-            alphas[layer] = float(tensor)
+            alphas[layer] = tensor
         elif slot == "dora_scale":
             scales[layer] = tensor
         else:
@@ -79,6 +79,15 @@ def _stored(source: Source, prefix: str, tensors: Mapping[str, Tensor], settings
     layers = sorted({name.partition(".lora_")[0] for name in named})
     if odd := [name for name in layers if not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= named.keys()]:
         raise WeightsError(f"{source.file}: {odd[0]} has not both A and B")
+    for name in layers:
+        a, b = (named[f"{name}.lora_{factor}.weight"] for factor in "AB")
+        if a.dim() < 2 or b.dim() < 2 or a.shape[0] != b.shape[1] or not a.numel() * b.numel() or not (
+            a.is_floating_point() and b.is_floating_point()
+        ):
+            raise WeightsError(f"{source.file}: A and B of {name} are {a.dtype} {tuple(a.shape)} and {b.dtype} "
+                               f"{tuple(b.shape)}, which is no LoRA")  # fmt: skip
+    said = {name: formats.alpha_of(f"{source.file}: {name}", name, len(named[f"{name}.lora_A.weight"]),
+                                   alphas.get(name), settings) for name in layers}  # fmt: skip
     for layer, scale in scales.items():
         outs = len(named.get(f"{layer}.lora_B.weight", ()))
         if scale.numel() != outs or scale.dim() > 1 and len(scale) != outs:
@@ -87,7 +96,7 @@ def _stored(source: Source, prefix: str, tensors: Mapping[str, Tensor], settings
         named[f"{layer}.{_NAMES['magnitude']}"] = scale.flatten()
     if not settings:
         ranks = {name: len(named[f"{name}.lora_A.weight"]) for name in layers}
-        settings = _settings(ranks, {name: alphas.get(name, ranks[name]) for name in layers})
+        settings = _settings(ranks, said)
         settings["use_dora"] = any("magnitude" in name for name in named)
     return formats.Stored(named, settings, settings.get("base_model_name_or_path") or "")
 
@@ -235,7 +244,7 @@ def _linked(folder: Path, out: Path, taken: set[Path]) -> None:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return formats.parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- showing
@@ -249,7 +258,11 @@ def show(path: Path) -> list[str]:
         if len(every) > 1:
             lines.append("on top" if i == len(every) - 1 else f"below, folded at place {i}")
         for source in some:
-            lines += _shown(source)
+            try:
+                lines += _shown(source)
+            except (TypeError, ValueError, AttributeError, RuntimeError, re.error) as error:
+                told = f"{source.file}: rank and alpha are not said ({type(error).__name__}: {error})"
+                raise WeightsError(told) from error
     return lines
 
 

@@ -388,7 +388,7 @@ def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], 
         raise WeightsError(f"{where}: DoRA magnitudes and the setting use_dora contradict each other")
     if foreign := [key for key in _FOREIGN if settings.get(key)]:
         raise WeightsError(f"{where}: made with {', '.join(foreign)}, which is not LoRA as it is known here")
-    alpha = _alpha(where, name, rank, slots.get("alpha"), settings)
+    alpha = alpha_of(where, name, rank, slots.get("alpha"), settings)
 
     def own(tensor: Tensor, shape: Sequence[int]) -> Tensor:  # never a view of the mapped file, which may be replaced
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -398,7 +398,7 @@ def _adapter(where: str, name: str, layer: nn.Module, slots: dict[str, Tensor], 
     return own(a, shape_a), own(b, shape_b), magnitude, alpha, bool(settings.get("use_rslora"))
 
 
-def _alpha(where: str, name: str, rank: int, given: Tensor | None, settings: dict) -> float:
+def alpha_of(where: str, name: str, rank: int, given: Tensor | None, settings: dict) -> float:
     """A layer's alpha by its own tensor or the settings, which must agree with the rank; by neither, the rank."""
     try:
         said = by_pattern(settings.get("rank_pattern"), name, settings["r"]) if settings else rank

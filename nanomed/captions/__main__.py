@@ -323,6 +323,7 @@ def checked(config: Vsg | Paraphrase) -> None:
 def train(words: list[str]) -> int:
     """Also what train.py does where --model is captioner-tiny."""
     config = flags.parse(Train, words, description="A captioner in miniature, trained on the toy world.")
+    flags.check_place(f"--out {config.out}", config.out, folder=True)
     from nanomed.captions import tiny
 
     tiny.expect_free(config.out)

@@ -92,7 +92,7 @@ def _read(spec: str, cache: str | Path, size: int, problems: list[DataError] | N
         from nanomed.data import toy
         from nanomed.data.readers import clef
 
-        if where and not (where.isdecimal() and int(where)):
+        if where and not re.fullmatch("[1-9][0-9]{0,6}", where):
             raise DataError(f"{spec}: say toy:N with the number of images")
         number, side = int(where or TOY_IMAGES), max(64, min(2 * size, 256))
         folder = Path(cache) / f"toy-{number}-{side}px-{toy.version()}"

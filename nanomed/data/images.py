@@ -18,6 +18,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +29,9 @@ from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nanomed.data import dicom
-from nanomed.data.table import DataError, report
+from nanomed.data.table import DataError, Row, report
 from nanomed.run.flags import UsageError
+from nanomed.run.progress import progress
 
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -84,6 +86,17 @@ def open_rgb(path: str | Path, span: str = "") -> Image.Image:
     if is_dicom(path):
         return _of_dicom(Path(path), span)
     return _opened(path, lambda image: to_rgb(ImageOps.exif_transpose(image), span, Path(path)))
+
+
+def judge(rows: Sequence[Row]) -> None:
+    """Decode every image once. Raises DataError for the first one that is damaged: before a training, not in it."""
+    pool = ThreadPoolExecutor(8)  # decoding leaves the interpreter free
+    try:
+        looks = pool.map(lambda row: open_rgb(row.file, row.range) is None, rows)
+        for _ in progress(looks, "looking at every image", "image", len(rows)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def extremes(path: str | Path) -> tuple[float, float, bool] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomed.data.table import DataError, column, read_csv, read_text
+from nanomed.run.flags import NUMBER, within
 
 WORDS, CLASSES = ("prompt", "text", "caption"), ("label", "category", "class")  # columns
 
@@ -56,25 +57,18 @@ def read_rows(path: str | Path, columns: Sequence[str] = (*WORDS, *CLASSES),
     return rows
 
 
-def _whole(least: int | None = None) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-            raise ValueError("not a whole number")
-        if least is not None and int(text) < least:
-            raise ValueError(f"out of range, which is >= {least}")
-        return int(text)
+def _number(kind: type, limits: str) -> Callable[[str], Any]:
+    """Reads a number as a flag of this range is read."""
+    wanted = "not a whole number" if kind is int else "not a number"
+
+    def read(text: str) -> Any:
+        if not re.fullmatch(NUMBER[kind], text) or len(text) > 300 or not math.isfinite(kind(text)):
+            raise ValueError(wanted)
+        if not within(kind(text), limits):
+            raise ValueError(f"out of range, which is {limits}")
+        return kind(text)
 
     return read
-
-
-def _real(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError("not a number") from None
-    if not math.isfinite(value):
-        raise ValueError("not a number")
-    return value
 
 
 def _file(text: str) -> str:
@@ -82,14 +76,21 @@ def _file(text: str) -> str:
     name = re.sub(r"\.png$", "", text, flags=re.IGNORECASE)
     if not name or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', name) or name[0] in ". " or name[-1] in ". ":
         raise ValueError("not a name for a file in the folder of the images")
-    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE) or len(name.encode()) > 200:
+    taken = r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d\u00b9\u00b2\u00b3])(\..*)?"  # by Windows, whatever follows
+    if re.fullmatch(taken, name, re.IGNORECASE) or len(name.encode()) > 200:
         raise ValueError("not a name that a file can have everywhere")
     return name
 
 
-# What a row may decide for itself, and how its cell is read.
+# What a row may decide for itself, and how its cell is read: in the range of drawing.py's flag of its name.
+RANGES = {
+    "seed": (int, "0 ..< 2^63"),
+    "guidance": (float, "0 .. 1000"),
+    "steps": (int, ">= 1"),
+    "size": (int, "1 .. 16384"),
+}
 COLUMNS: dict[str, Callable[[str], Any]] = {
-    "seed": _whole(), "guidance": _real, "negative": str, "steps": _whole(1), "size": _whole(1), "file": _file,
+    **{name: _number(*of) for name, of in RANGES.items()}, "negative": str, "file": _file,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class Config:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     config = flags.parse(Config, sys.argv[1:] if arguments is None else arguments, description=__doc__)
+    flags.check_place(f"--out {config.out}", config.out, folder=True)
     out = Path(config.out)
     written = [out / f"matrix.{kind}" for kind in ("json", "md", "html")]
     files.expect_own(*written)

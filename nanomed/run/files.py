@@ -47,8 +47,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.errno is not None:  # the name that its reader knows
+            told = str(path) if error.filename is None else os.fsdecode(error.filename)
+            error.filename = told.replace(str(temporary), str(path))
         raise
 
 

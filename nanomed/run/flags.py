@@ -13,6 +13,7 @@ infinity are no numbers, and digits are 0 to 9.
 
 import argparse
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -61,6 +62,7 @@ def parse(
     description: str = "",
     words: Sequence[str] = (),
     before: Mapping[str, Any] | None = None,
+    below: Callable[[str], str] = lambda model: "",
 ) -> Config:
     """Make an instance of the dataclass `cls` from command-line flags.
 
@@ -68,7 +70,8 @@ def parse(
     `presets(model)`, else from the field's default. `-` and `_` are the same in flag names, and the names in `ALIASES`
     are understood. `own(model)` names dataclasses whose fields are flags for this model only; the instance has them as
     attributes, too. Fields named in `words` are said without a flag, in this order; one of type `tuple[str, ...]` takes
-    all that come. The instance's `given` lists the fields that the command line named.
+    all that come. What `below(model)` says ends the help. The instance's `given` lists the fields that the command line
+    named.
 
     Raises UsageError for a value out of its range, and for flags that there are not.
     """
@@ -80,12 +83,13 @@ def parse(
     whole = dataclasses.make_dataclass(cls.__name__, [], bases=(*reversed(extra), cls)) if extra else cls
     fields = {field.name: field for field in dataclasses.fields(whole)}
     preset = {name: value for name, value in presets(model).items() if name in fields} if presets and model else {}
-    known = preset | {name: value for name, value in before.items() if name in fields}
+    known = preset | {name: _kept(name, value, fields[name].type) for name, value in before.items() if name in fields}
 
     parser = Parser(
         prog=program(),
         usage=" ".join(["%(prog)s", *(name.upper() for name in words), "[--flag VALUE ...]"]),
         description=description,
+        epilog=below(model) if model else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -111,9 +115,7 @@ def said(flag: str, argv: Sequence[str] | None = None) -> str:
     return found
 
 
-def _add(
-    parser: argparse.ArgumentParser, cls: Any, title: str, known: dict[str, Any], words: Sequence[str]
-) -> None:
+def _add(parser: argparse.ArgumentParser, cls: Any, title: str, known: dict[str, Any], words: Sequence[str]) -> None:
     """The flags of one dataclass, in groups by its heading comments or under one title."""
     group: Any = parser.add_argument_group(title) if title else parser
     for name, (heading, told) in comments(cls).items():
@@ -154,7 +156,20 @@ def kind_of(annotation: Any) -> type:
     raise TypeError(f"a flag cannot be of type {annotation}")
 
 
-_NUMBER = {int: r"[+-]?[0-9][0-9_]*", float: r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
+def _kept(name: str, value: Any, annotation: Any) -> Any:
+    """A setting of a run to go on with, in whose file somebody may have written; UsageError for what no flag gives."""
+    kind, limits = kind_of(annotation), range_of(annotation)
+    kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+    number = kind in (int, float)
+    if value is not None and (not isinstance(value, kinds) or number and isinstance(value, bool)):
+        raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: not {_NAMES[kind]}")
+    if number and value is not None and not (math.isfinite(value) and within(value, limits)):
+        raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: out of range, which is {limits}")
+    return value
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}
+NUMBER = {int: r"[+-]?[0-9][0-9_]*", float: r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
 
 
 def converted(label: str, text: Any, annotation: Any) -> Any:
@@ -171,13 +186,13 @@ def converted(label: str, text: Any, annotation: Any) -> Any:
         raise UsageError(f"{shown}: say true or false")
     if kind is str:
         if limits.endswith(" to write"):
-            _check_place(shown, text, folder=limits == "a folder to write")
+            check_place(shown, text, folder=limits == "a folder to write")
         elif limits and text not in limits.split(" | "):
             raise UsageError(f"{shown}: choose {', '.join(filter(None, limits.split(' | ')))}")
         return text
     number = f"{'a whole' if kind is int else 'a'} number"
     wanted = f"not {number}{f' in the range {limits}' if limits else ''}"
-    if not re.fullmatch(_NUMBER[kind], text) or len(text) > 300:
+    if not re.fullmatch(NUMBER[kind], text) or len(text) > 300:
         raise UsageError(f"{shown}: {wanted}")
     value = kind(text.replace("_", ""))
     if kind is float and not math.isfinite(value):
@@ -204,23 +219,26 @@ def within(value: float, limits: str) -> bool:
     raise ValueError(f"{limits!r} is no range")
 
 
-def _check_place(shown: str, text: str, folder: bool) -> None:
-    """Whether a file or folder could be written there; nothing is."""
+def check_place(shown: str, text: str, folder: bool) -> None:
+    """Whether a file or folder could be written there; nothing is. A flag's value is asked about when it is read, and
+    by its command a default, for which long work would be lost at its end. Raises UsageError, beginning with `shown`.
+    """
     if not text.strip():
         raise UsageError(f"{shown}: say a {'folder' if folder else 'file'} to write")
     try:
         path = Path(text)
-        if path.exists() and path.is_dir() != folder:
-            raise UsageError(f"{shown}: that is {'no' if folder else 'a'} folder")
-        there = path
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            kind = "a folder" if path.is_dir() else "no folder" if folder else "no plain file"
+            raise UsageError(f"{shown}: that is {kind}")
+        there = path if folder else path.parent
         while not there.exists() and there != there.parent:
             there = there.parent
-        if not there.is_dir() and there != path:
+        if not there.is_dir():
             raise UsageError(f"{shown}: {there} is no folder")
-        if not os.access(there, os.W_OK) or not _takes_files(there):
-            raise UsageError(f"{shown}: {there} cannot be written to")
         if any(len(os.fsencode(part)) > 255 - 15 for part in path.parts):  # temporary names are longer
             raise UsageError(f"{shown}: too long a name")
+        if not _takes_files(there):
+            raise UsageError(f"{shown}: {there} cannot be written to")
     except (OSError, ValueError) as error:  # a name that no file can have
         if isinstance(error, UsageError):
             raise
@@ -228,8 +246,7 @@ def _check_place(shown: str, text: str, folder: bool) -> None:
 
 
 def _takes_files(folder: Path) -> bool:
-    """Whether a file can be made in a folder: root may write to /proc by its permissions, and to no file there. The one
-    that is made has no name, or not for longer than this."""
+    """By a file without a name, for rights do not tell of a disk that is read-only, or of /proc."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
@@ -301,6 +318,7 @@ def _source(cls: type) -> str:
 
 CODES = {"UsageError": 2, "DataError": 3, "WeightsError": 4, "FloatingPointError": 1}
 INTERRUPTED = 130  # by Ctrl-C, as shells have it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # also said of no file by name, when a line is added to one
 MACHINE = 5  # a file that cannot be read or written, or too little memory
 
 
@@ -322,6 +340,7 @@ def main(run: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = run() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
         refuse("stopped")
@@ -330,6 +349,8 @@ def main(run: Callable[[], int | None]) -> None:
         if code is None:
             raise
         refuse(line)
+        if isinstance(error, BrokenPipeError):  # or what is left to write would complain again at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     group = sys.modules["torch"].distributed if "torch" in sys.modules else None
     if group and group.is_available() and group.is_initialized():
         group.destroy_process_group()
@@ -342,7 +363,12 @@ def understood(error: Exception) -> tuple[int | None, str]:
     code = next((CODES[kind] for kind in kinds if kind in CODES), None)
     line = str(error)
     if code is None and isinstance(error, OSError) and error.filename is not None:
-        code, line = MACHINE, f"{os.fsdecode(error.filename)}: {error.strerror}"
+        name = os.fsdecode(error.filename)
+        code, line = MACHINE, f"{name if len(name) <= 300 else name[:77] + '...'}: {error.strerror}"
+    elif code is None and isinstance(error, OSError) and error.errno in FULL:
+        code, line = MACHINE, error.strerror
+    elif code is None and isinstance(error, BrokenPipeError):
+        code, line = MACHINE, "nobody reads the standard output any more"
     elif code is None and ("OutOfMemoryError" in kinds or "MemoryError" in kinds or "t allocate memory" in line):
         code, line = MACHINE, "not enough memory: lower --batch or --size"
     return code, "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in line)
@@ -352,11 +378,18 @@ def refuse(line: str) -> None:
     """Say a refusal. Of the processes of torchrun the first speaks. The launcher prints a report of its own behind it
     whatever a process does; its last line is what stands in the error file, so it is the refusal again."""
     line = f"{program()}: {line}"
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    first = path and Path(path).parents[1] / "0" / Path(path).name  # of the first process of this machine
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     else:  # the launcher ends all processes when it finds one ended: let that be the one that has spoken. This one ends
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as it is told to, or the report had six lines on it
-        time.sleep(10)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        for _ in range(200):
+            if first and first.is_file():  # and unasked where the first has refused too, or it had one
+                os._exit(0)
+            time.sleep(0.05)
+    if path:
         told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()) - 1)}}
         Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
+        if os.environ.get("RANK") == "0" and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            time.sleep(0.3)  # for the others to leave

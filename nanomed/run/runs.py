@@ -68,6 +68,9 @@ def settings(folder: str | Path) -> dict:
     found = _read(Path(folder) / "config.json")
     if "model" not in found:
         raise UsageError(f"{Path(folder) / 'config.json'} is damaged: it names no model")
+    for name, kind in {"model": str, "given": list, "world": int, "recipes": dict}.items():
+        if not isinstance(found.get(name, kind()), kind):
+            raise UsageError(f"{Path(folder) / 'config.json'} is damaged: {name} is {json.dumps(found[name])}")
     return found
 
 
@@ -75,7 +78,10 @@ def stages_of(folder: str | Path) -> list[str]:
     """The stages that a run has finished."""
     if not is_run(folder):
         raise UsageError(f"{folder}: not a run folder")
-    return list(_read(Path(folder) / "state.json").get("stages", []))
+    stages = _read(Path(folder) / "state.json").get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
+        raise UsageError(f"{Path(folder) / 'state.json'} is damaged: stages is {json.dumps(stages)}")
+    return stages
 
 
 def newest(root: str | Path, model: str = "", status: str = "") -> Path | None:
@@ -289,9 +295,10 @@ class Run:
             return None
         folder, params, optimizer = found[-1], descent.params, descent.optimizer
         state = _read(folder / "state.json")
+        sums = {"state.json": ""} if not isinstance(state.get("sha256"), dict) else state["sha256"]
         with working(f"reading {folder.name}"):
-            for name, digest in state["sha256"].items():
-                if files.sha256(folder / name) != digest:
+            for name, digest in sums.items():
+                if not (folder / name).is_file() or files.sha256(folder / name) != digest:
                     raise UsageError(
                         f"{folder / name} is damaged: remove the folder {folder} to go on from the one before"
                     )

@@ -58,6 +58,11 @@ def recipe(preset: str, stage: str = "") -> dict:
     return _file(preset).RECIPES[preset].get(stage, {})
 
 
+def stages_with_recipes(preset: str) -> list[str]:
+    """The stages for which the preset sets something, by name."""
+    return [*filter(None, _file(preset).RECIPES[preset])]
+
+
 def options(preset: str) -> tuple[type, ...]:
     """The dataclasses of train.py's flags that only this preset's system has."""
     return _file(preset).OPTIONS

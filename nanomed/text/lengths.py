@@ -15,8 +15,8 @@ def too_long(
     for prompt, length in zip(distinct, lengths(distinct) if distinct else []):
         if length > limit:
             words = prompt.split()
-            begins = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
-            fits = bisect.bisect_right(begins, limit, key=lambda text: lengths([text])[0])
+            counts = range(1, len(words) + 1)
+            fits = bisect.bisect_right(counts, limit, key=lambda n: lengths([" ".join(words[:n])])[0])
             found[prompt] = length, " ".join(words[fits:])
     return found
 

@@ -1,5 +1,6 @@
 """The judge of checkpoints: looks at a stage from outside, on images that it does not train on."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -85,6 +86,9 @@ class Judge:
                 files.write_png(self.run.folder / "samples" / name, grid(images[:16]))
             with working(f"{self.stage}: judging what was drawn"):
                 score = self.distance(images) if self.distance else loss
+        if not all(math.isfinite(value) for value in (loss, score) if value is not None):
+            raise FloatingPointError(f"{self.stage}: what is held out has no finite loss or score at step {step}: "
+                                     f"lower --lr, or use --precision bf16 or fp32")  # fmt: skip
         self.system.trainable(self.stage)
         self.placement.apart()
         if loss is not None:

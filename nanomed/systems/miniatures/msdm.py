@@ -1,5 +1,5 @@
-"""MSDM in small: the demo of the README, and the checkpoint in weights/. The checkpoint's parts all learned the toy
-world from nothing, the encoder of texts together with the U-Net; the demo starts from the checkpoint's encoder of texts.
+"""MSDM in small: the demo of the README, and the checkpoint in weights/. All parts of the checkpoint learned the toy
+world from nothing, the encoder of texts together with the U-Net; the demo begins with the checkpoint's encoder.
 """
 
 from pathlib import Path
