@@ -15,7 +15,6 @@ import time
 import types
 from functools import cache
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pytest
