@@ -217,7 +217,7 @@ def _check_place(shown: str, text: str, folder: bool) -> None:
             there = there.parent
         if not there.is_dir() and there != path:
             raise UsageError(f"{shown}: {there} is no folder")
-        if not os.access(there, os.W_OK) or not _takes_files(there):
+        if not os.access(there, os.W_OK) or not _takes_files(there if there.is_dir() else there.parent):
             raise UsageError(f"{shown}: {there} cannot be written to")
         if any(len(os.fsencode(part)) > 255 - 15 for part in path.parts):  # temporary names are longer
             raise UsageError(f"{shown}: too long a name")
