@@ -156,18 +156,18 @@ def main() -> int:
 
 def read_flags() -> tuple[Config, dict]:
     """The command line, and with --resume what the config.json of that run says, upon which it is read."""
-    own = dict(presets=systems.recipe, own=systems.options, description=__doc__, below=of_stages)
+    known = dict(description=__doc__, models=flags.Models(systems.recipe, systems.options, of_stages))
     if not (name := flags.said("resume")):
-        return flags.parse(Config, **own), {}
+        return flags.parse(Config, **known), {}
     model = flags.said("model")
     folder = runs.find(name, flags.said("out") or Config.out, model)
     before = runs.settings(folder)
     if model not in ("", before["model"]):
         raise UsageError(f"--resume {folder}: model was {before['model']} and is {model} now; that is another run")
     upon = {name: value for name, value in before.items() if name not in runs.PASSING}
-    config = flags.parse(Config, **own, before=upon)
+    config = flags.parse(Config, **known, before=upon)
     if "given" not in before:  # a run of 0.1: what is not as the preset has it
-        usual = asdict(flags.parse(Config, ["--model", before["model"]], **own))
+        usual = asdict(flags.parse(Config, ["--model", before["model"]], **known))
         before["given"] = [name for name, value in usual.items() if upon.get(name, value) != value]
     config.changed = {name for name in config.given if getattr(config, name) != before.get(name)}
     config.given, config.resume = (*dict.fromkeys([*before["given"], *config.given]),), str(folder)

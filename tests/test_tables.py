@@ -485,7 +485,7 @@ def test_a_papers_setup_takes_other_captions_and_images_of_classes(tmp_path):
 
 def test_the_solver_steps_of_the_colour_loss_are_a_flag():
     words = ["--model", "medart-tiny", "--hldf_steps", "3"]
-    config = flags.parse(train.Config, words, presets=systems.recipe, own=systems.options)
+    config = flags.parse(train.Config, words, models=flags.Models(systems.recipe, systems.options))
     chosen = systems.chosen("medart-tiny", {name: getattr(config, name) for name in config.given})
     assert chosen == {"hldf_steps": 3}
     assert systems.build("medart-tiny", **chosen).hldf_steps == 3

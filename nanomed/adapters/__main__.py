@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     shown = given[:1] == ["show"]
-    words = flags.parse(Show if shown else Config, given[shown:], description=__doc__, words=("path",))
+    kind: type[Show] | type[Config] = Show if shown else Config
+    words = flags.parse(kind, given[shown:], description=__doc__, words=("path",))
     if not words.path or not onto.exists(words.path):
         raise WeightsNotFound(f"{words.path or 'an empty name'}: no such file or folder")
-    written = convert.show(Path(words.path)) if shown else _write(words)
+    written = _write(words) if isinstance(words, Config) else convert.show(Path(words.path))
     print("\n".join(map(str, written)))
     return 0
 

@@ -54,24 +54,37 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists all flags)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What a command line holds of the model that it names.
+
+    presets   a model -> values of flags
+    own       a model -> dataclasses whose fields are flags for it only; the parsed instance has them as attributes, too
+    below     a model -> what ends the help
+    """
+
+    presets: Callable[[str], dict[str, Any]] = lambda model: {}
+    own: Callable[[str], Sequence[type]] = lambda model: ()
+    below: Callable[[str], str] = lambda model: ""
+
+
+ONE = Models()  # where no flag names a model
+
+
 def parse(
     cls: type[Config],
     argv: Sequence[str] | None = None,
-    presets: Callable[[str], dict[str, Any]] | None = None,
-    own: Callable[[str], Sequence[type]] = lambda model: (),
     description: str = "",
     words: Sequence[str] = (),
+    models: Models = ONE,
     before: Mapping[str, Any] | None = None,
-    below: Callable[[str], str] = lambda model: "",
 ) -> Config:
     """Make an instance of the dataclass `cls` from command-line flags.
 
-    Values come from the command line, else from `before` (settings of a run to go on with), else from
-    `presets(model)`, else from the field's default. `-` and `_` are the same in flag names, and the names in `ALIASES`
-    are understood. `own(model)` names dataclasses whose fields are flags for this model only; the instance has them as
-    attributes, too. Fields named in `words` are said without a flag, in this order; one of type `tuple[str, ...]` takes
-    all that come. What `below(model)` says ends the help. The instance's `given` lists the fields that the command line
-    named.
+    Values come from the command line, else from `before` (settings of a run to go on with), else from the model's
+    presets, else from the field's default. `-` and `_` are the same in flag names, and the names in `ALIASES` are
+    understood. Fields named in `words` are said without a flag, in this order; one of type `tuple[str, ...]` takes all
+    that come. The instance's `given` lists the fields that the command line named.
 
     Raises UsageError for a value out of its range, and for flags that there are not.
     """
@@ -79,17 +92,17 @@ def parse(
     before = before or {}
     common = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     model = said("model", argv) or str(before.get("model", common["model"].default)) if "model" in common else ""
-    extra = own(model) if model else ()
+    extra = models.own(model) if model else ()
     whole = dataclasses.make_dataclass(cls.__name__, [], bases=(*reversed(extra), cls)) if extra else cls
     fields = {field.name: field for field in dataclasses.fields(whole)}
-    preset = {name: value for name, value in presets(model).items() if name in fields} if presets and model else {}
+    preset = {name: value for name, value in models.presets(model).items() if name in fields} if model else {}
     known = preset | {name: _kept(name, value, fields[name].type) for name, value in before.items() if name in fields}
 
     parser = Parser(
         prog=program(),
         usage=" ".join(["%(prog)s", *(name.upper() for name in words), "[--flag VALUE ...]"]),
         description=description,
-        epilog=below(model) if model else None,
+        epilog=models.below(model) if model else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -159,7 +172,7 @@ def kind_of(annotation: Any) -> type:
 def _kept(name: str, value: Any, annotation: Any) -> Any:
     """A setting of a run to go on with, in whose file somebody may have written; UsageError for what no flag gives."""
     kind, limits = kind_of(annotation), range_of(annotation)
-    kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+    kinds: Any = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
     number = kind in (int, float)
     if value is not None and (not isinstance(value, kinds) or number and isinstance(value, bool)):
         raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: not {_NAMES[kind]}")
@@ -366,7 +379,7 @@ def understood(error: Exception) -> tuple[int | None, str]:
         name = os.fsdecode(error.filename)
         code, line = MACHINE, f"{name if len(name) <= 300 else name[:77] + '...'}: {error.strerror}"
     elif code is None and isinstance(error, OSError) and error.errno in FULL:
-        code, line = MACHINE, error.strerror
+        code, line = MACHINE, error.strerror or line
     elif code is None and isinstance(error, BrokenPipeError):
         code, line = MACHINE, "nobody reads the standard output any more"
     elif code is None and ("OutOfMemoryError" in kinds or "MemoryError" in kinds or "t allocate memory" in line):

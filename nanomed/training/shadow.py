@@ -130,6 +130,7 @@ class Alive(TorchDispatchMode):
         return made
 
     def note(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage once, until it is gone."""
         if storage not in self.known:
             size = storage.nbytes()
             self.known.add(storage)
@@ -138,4 +139,5 @@ class Alive(TorchDispatchMode):
             weakref.finalize(storage, self.gone, size)
 
     def gone(self, size: int) -> None:
+        """A storage of so many bytes lives no longer."""
         self.now -= size
