@@ -331,7 +331,7 @@ def test_no_border_is_added_where_images_keep_their_shapes(folder, tmp_path):
     system.pad = True  # as in the published ones
     for words, padded in (["--buckets"], False), ([], True):
         words = ["--model", "kandinsky3-tiny", "--data", f"folder:{folder}", "--cache", str(tmp_path), *words]
-        config = flags.parse(train.Config, words, systems.recipe, systems.options)
+        config = flags.parse(train.Config, words, models=flags.Models(systems.recipe, systems.options))
         tables = train.read_data(config, {}, system, ALONE)
         assert [row.pad for table in tables for row in table.rows] == [padded] * len(SIDES)
 

@@ -253,7 +253,7 @@ def parse(module, words: list[str]):
         from nanomed.captions.__main__ import Train
 
         return flags.parse(Train, words)
-    own = {"presets": systems.recipe, "own": systems.options} if module.__name__ == "train" else {}
+    own = {"models": flags.Models(systems.recipe, systems.options)} if module.__name__ == "train" else {}
     return flags.parse(module.Config, words, **own)
 
 

@@ -124,7 +124,7 @@ def test_presets_are_the_released_commands(preset, epochs, every):
     recipe = systems.recipe(preset) | systems.recipe(preset, "adapters")
     said = dict(rank=8, lr=1e-4, weight_decay=1e-2, batch=1, precision="bf16", clip=1.0, ema=0.0, epochs=epochs)
     assert said.items() <= recipe.items()
-    config = flags.parse(train.Config, ["--model", preset], systems.recipe, systems.options)
+    config = flags.parse(train.Config, ["--model", preset], models=flags.Models(systems.recipe, systems.options))
     assert config.augment and config.schedule == "constant" and config.adapter == "lora"
     system = published(**PRESETS[preset])
     assert system.config()["hldf_every"] == every and system.config()["hldf_steps"] == 20
@@ -278,7 +278,7 @@ def test_what_learns_to_read_here_reads_in_training_what_it_is_asked():
 
 def test_an_unknown_kind_of_adapter_is_refused():
     with pytest.raises(UsageError, match="--text_adapter loha: choose .*none, lora"):
-        flags.parse(train.Config, ["--model", "medart", "--text_adapter", "loha"], systems.recipe, systems.options)
+        flags.parse(train.Config, ["--model", "medart", "--text_adapter", "loha"], models=flags.Models(systems.recipe, systems.options))
 
 
 @pytest.fixture

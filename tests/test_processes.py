@@ -221,11 +221,11 @@ def test_a_value_out_of_its_range_is_refused_before_anything_is_made(words, said
 
 def test_help_ends_with_the_models_own_flags(capsys):
     with pytest.raises(SystemExit):
-        flags.parse(train.Config, ["--model", "medart", "--help"], systems.recipe, systems.options)
+        flags.parse(train.Config, ["--model", "medart", "--help"], models=flags.Models(systems.recipe, systems.options))
     said = capsys.readouterr().out
     assert said.index("checkpoints:") < said.index("options of Med-Art:") < said.index("--hldf_every")
     with pytest.raises(SystemExit):
-        flags.parse(train.Config, ["--model", "msdm", "--help"], systems.recipe, systems.options)
+        flags.parse(train.Config, ["--model", "msdm", "--help"], models=flags.Models(systems.recipe, systems.options))
     assert "hldf" not in capsys.readouterr().out
 
 
