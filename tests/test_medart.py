@@ -278,7 +278,8 @@ def test_what_learns_to_read_here_reads_in_training_what_it_is_asked():
 
 def test_an_unknown_kind_of_adapter_is_refused():
     with pytest.raises(UsageError, match="--text_adapter loha: choose .*none, lora"):
-        flags.parse(train.Config, ["--model", "medart", "--text_adapter", "loha"], models=flags.Models(systems.recipe, systems.options))
+        words = ["--model", "medart", "--text_adapter", "loha"]
+        flags.parse(train.Config, words, models=flags.Models(systems.recipe, systems.options))
 
 
 @pytest.fixture

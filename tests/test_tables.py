@@ -176,7 +176,7 @@ def test_every_command_is_one_that_the_script_takes(name, tiny):
     told = set()
     for row in TABLES[name].rows:
         for step in steps.shown(TABLES[name], row, settings):
-            own = {"presets": systems.recipe, "own": systems.options} if step.script == "train.py" else {}
+            own = {"models": flags.Models(systems.recipe, systems.options)} if step.script == "train.py" else {}
             config = flags.parse(modules[step.script].Config, list(step.words), **own)
             if step.script == "evaluate.py":
                 evaluate.chosen(config)

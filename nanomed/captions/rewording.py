@@ -101,8 +101,13 @@ def cleaned(answer: str) -> str:
 class Writer(Protocol):
     """What `nanomed.captions.load` gives, of an Instruct model."""
 
-    def say(self, question: str, system: str = "") -> str: ...
-    def generate(self, images: None, texts: list[str], max_new_tokens: int, **how) -> list[str]: ...
+    def say(self, question: str, system: str = "") -> str:
+        """The whole prompt of a question, in the family's template."""
+        ...
+
+    def generate(self, images: None, texts: list[str], max_new_tokens: int, **how) -> list[str]:
+        """What it writes behind each prompt."""
+        ...
 
 
 class Encoder:
