@@ -86,9 +86,17 @@ _OF = r"(?: (?:an?|any|visible|obvious|apparent|clear|evident|evidence of|signs?
 class Captioner(Protocol):
     """What `nanomed.captions.load` gives."""
 
-    def ask(self, question: str) -> str: ...
-    def generate(self, images: list, texts: list[str], max_new_tokens: int, **how) -> list[str]: ...
-    def count(self, text: str) -> int: ...
+    def ask(self, question: str) -> str:
+        """The whole prompt of a question about an image, in the family's template."""
+        ...
+
+    def generate(self, images: list, texts: list[str], max_new_tokens: int, **how) -> list[str]:
+        """What it writes of each image, behind its prompt."""
+        ...
+
+    def count(self, text: str) -> int:
+        """Its own tokens of a text."""
+        ...
 
 
 @dataclass(frozen=True)
