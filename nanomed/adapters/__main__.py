@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -42,7 +42,8 @@ class Config:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     shown = given[:1] == ["show"]
-    words = flags.parse(Show if shown else Config, given[shown:], description=__doc__, words=("path",))
+    config: Any = Show if shown else Config
+    words = flags.parse(config, given[shown:], description=__doc__, words=("path",))
     if not words.path or not onto.exists(words.path):
         raise WeightsNotFound(f"{words.path or 'an empty name'}: no such file or folder")
     written = convert.show(Path(words.path)) if shown else _write(words)

@@ -159,11 +159,11 @@ def kind_of(annotation: Any) -> type:
 def _kept(name: str, value: Any, annotation: Any) -> Any:
     """A setting of a run to go on with, in whose file somebody may have written; UsageError for what no flag gives."""
     kind, limits = kind_of(annotation), range_of(annotation)
-    kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+    kinds: Any = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
     number = kind in (int, float)
     if value is not None and (not isinstance(value, kinds) or number and isinstance(value, bool)):
         raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: not {_NAMES[kind]}")
-    if number and value is not None and not (math.isfinite(value) and within(value, limits)):
+    if number and value is not None and not (abs(value) < math.inf and within(value, limits)):
         raise UsageError(f"{name} is {json.dumps(value)} in the run's config.json: out of range, which is {limits}")
     return value
 
@@ -366,7 +366,7 @@ def understood(error: Exception) -> tuple[int | None, str]:
         name = os.fsdecode(error.filename)
         code, line = MACHINE, f"{name if len(name) <= 300 else name[:77] + '...'}: {error.strerror}"
     elif code is None and isinstance(error, OSError) and error.errno in FULL:
-        code, line = MACHINE, error.strerror
+        code, line = MACHINE, str(error.strerror)
     elif code is None and isinstance(error, BrokenPipeError):
         code, line = MACHINE, "nobody reads the standard output any more"
     elif code is None and ("OutOfMemoryError" in kinds or "MemoryError" in kinds or "t allocate memory" in line):
@@ -379,7 +379,7 @@ def refuse(line: str) -> None:
     whatever a process does; its last line is what stands in the error file, so it is the refusal again."""
     line = f"{program()}: {line}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    first = path and Path(path).parents[1] / "0" / Path(path).name  # of the first process of this machine
+    first = Path(path).parents[1] / "0" / Path(path).name if path else None  # of the first process of this machine
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     else:  # the launcher ends all processes when it finds one ended: let that be the one that has spoken. This one ends
