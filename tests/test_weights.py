@@ -701,6 +701,9 @@ def test_list_check_and_verify(places, capsys):
     assert "the download is not complete" in capsys.readouterr().out
     assert command.main(["check", str(folder / "model.safetensors")]) == 4
     assert command.main(["check", "some/thing"]) == 4 and "hf download some/thing" in capsys.readouterr().out
+    (folder.parent / "none").mkdir()
+    assert command.main(["verify", str(folder.parent / "none")]) == 4
+    assert "no file of weights" in capsys.readouterr().out
 
 
 def test_verify_reads_the_hash_from_the_names_of_the_cache(places):

@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 say(f"    here: {place}\n" if place else f"    {item.download}\n")
         return 0
     bad = 0
+    for name in [name for name in args.names if not digests(here[name])]:
+        say(f"{name}: no file of weights\n")
+        bad += 1
     for path, digest in {path: digest for folder in here.values() for path, digest in digests(folder).items()}.items():
         try:
             if args.verb == "verify":
