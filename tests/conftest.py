@@ -2,11 +2,16 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nanomed  # noqa: F401  # isort: skip  # before torch, whose libraries read what it sets when they are loaded
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from nanomed.run import runs
 
 # torchvision is a test oracle only (pytorch-fid and torch-fidelity import it). Its binary wheel brings operators for
 # CUDA builds of torch; beside a CPU build, its Python side imports once the operators it decorates are declared. Where
@@ -56,6 +61,28 @@ def close(out: torch.Tensor, ref: torch.Tensor, tolerance: float) -> None:
     error = (out.double() - ref.double()).abs().max().item()
     bound = tolerance * max(1.0, ref.double().abs().max().item())
     assert error <= bound, f"error {error:.3e} is above {bound:.3e}"
+
+
+def assert_two_train_as_one(preset: str, words: list[str], out: Path) -> None:
+    """A training by two processes ends in the weights of the same by one, which makes two passes a step: to 1e-5 of
+    each tensor's largest value."""
+    models = []
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
+        more = ["--accumulate", "2"] if count == 1 else []
+        done = subprocess.run(
+            [sys.executable, *launch, "train.py", "--model", preset, *words, *more, "--out", str(out / str(count))],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1], capture_output=True, text=True,
+            timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        models.append(runs.newest(out / str(count)) / "model")
+    files = sorted(path.relative_to(models[0]) for path in models[0].rglob("*.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        one, two = (load_file(model / file) for model in models)
+        for name in one:
+            close(two[name].float(), one[name].float(), 1e-5)
 
 
 def assert_gradients_equal(ours: torch.nn.Module, reference: torch.nn.Module, tolerance: float) -> None:

@@ -3,8 +3,6 @@ is told, and runs whose batches change their shape.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import StopAfter, close
+from conftest import StopAfter, assert_two_train_as_one, close
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -346,21 +344,6 @@ def test_a_system_of_one_shape_refuses_by_name(preset, run_train, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["sd-tiny", "medart-tiny", "msdm-tiny", "hunyuan-tiny", "kandinsky2-tiny"])
 def test_two_processes_train_to_the_weights_of_one_on_several_shapes(preset, tmp_path, folder):
-    """As in test_processes.py, to 1e-5 of each tensor's largest value."""
-    models = []
-    for count in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
-        more = ["--accumulate", "2"] if count == 1 else []
-        words = [*QUICK, *more, "--out", str(tmp_path / str(count)), "--cache", str(tmp_path / "c")]
-        done = subprocess.run(
-            [sys.executable, *launch, "train.py", "--model", preset, "--data", f"folder:{folder}", *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=500,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        models.append(runs.newest(tmp_path / str(count)) / "model")
-    files = sorted(path.relative_to(models[0]) for path in models[0].rglob("*.safetensors"))
-    assert len(files) >= 3
-    for file in files:
-        one, two = (load_file(model / file) for model in models)
-        for name in one:
-            close(two[name].float(), one[name].float(), 1e-5)
+    """As in test_processes.py."""
+    words = [*QUICK, "--data", f"folder:{folder}", "--cache", str(tmp_path / "c")]
+    assert_two_train_as_one(preset, words, tmp_path)

@@ -3,22 +3,19 @@
 The oracle is one process with the same samples of every step: `--accumulate 2` where two processes have one pass each.
 """
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import close
-from safetensors.torch import load_file
+from conftest import assert_two_train_as_one, close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from nanomed import systems
 from nanomed.layers import linear
-from nanomed.run import flags, runs
+from nanomed.run import flags
 from nanomed.run.randomness import ImageNoise, seed_all
 from nanomed.training.optimizer import INSIDE, Descent, LaidOutAdamW, adamw
 from nanomed.training.placement import places_of
@@ -37,25 +34,8 @@ PRESETS = {  # what each adds: self-conditioning has no tiny preset, so msdm-tin
 def test_two_processes_train_to_the_weights_of_one(preset, tmp_path, tmp_path_factory):
     """Every stage, 20 steps, a validation in between: weights equal to 1e-5, relative to each tensor's largest value.
     HLDF's recomputed nodes, adapters, and parameters without a gradient (the prior's deviation) are among them."""
-    models = []
-    for count in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
-        more = ["--accumulate", "2"] if count == 1 else []
-        cache = tmp_path_factory.getbasetemp() / "processes-cache"
-        words = [*COMMON, *PRESETS[preset], *more, "--out", str(tmp_path / str(count)), "--cache", str(cache)]
-        done = subprocess.run(
-            [sys.executable, *launch, "train.py", "--model", preset, *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=500,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        models.append(runs.newest(tmp_path / str(count)) / "model")
-    files = sorted(path.relative_to(models[0]) for path in models[0].rglob("*.safetensors"))
-    assert len(files) >= 3
-    for file in files:
-        one, two = (load_file(model / file) for model in models)
-        for name in one:
-            error = (one[name] - two[name]).abs().max().item()
-            assert error <= 1e-5 * max(1.0, one[name].abs().max().item()), (file, name, error)
+    cache = tmp_path_factory.getbasetemp() / "processes-cache"
+    assert_two_train_as_one(preset, [*COMMON, *PRESETS[preset], "--cache", str(cache)], tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- no waiting
