@@ -233,10 +233,13 @@ def test_libraries_are_told_before_torch_reads_it(tmp_path):
     """Whatever stands first, `import nanomed` is before torch in the scripts; what a user has set stays."""
     import subprocess
 
-    program = "import os, sys; import {}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    for module, given, expected in (("train", None, "passive True"), ("nanomed", "active", "active False")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    program = "import os, sys; import {}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    for module, given, expected in (
+        ("train", {}, "20000 True"),
+        ("nanomed", {"GOMP_SPINCOUNT": "7"}, "7 False"),
+        ("nanomed", {"OMP_WAIT_POLICY": "active"}, "None False"),
+    ):
+        environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
         done = subprocess.run([sys.executable, "-c", program.format(module)], env=environment, capture_output=True,
                               text=True, cwd=Path(__file__).resolve().parents[1])  # fmt: skip
         assert done.stdout.strip() == expected, done.stderr
