@@ -19,7 +19,7 @@ TINY = dict(self_conditioning=False, prediction="sample", loss="mse", vae=dict(l
             text_encoder=TINY_TEXT, text_length=32, sampler="dpmpp", steps=16, guidance=6.0)  # fmt: skip
 
 PRESETS = {
-    # Demo, ten minutes of a CPU core. x_0 and MSE, because at the noise levels where the layout of an image is
+    # Demo, ten minutes on two CPU cores. x_0 and MSE, because at the noise levels where the layout of an image is
     # decided the L1 loss on epsilon hardly notices x_0; groups of several channels, because groups of one erase what
     # the text adds to a channel; `places`, because without it no prompt's place was learned in 800 steps.
     # Less guidance than the other: some trainings draw polyps, under more, where none is named.
