@@ -197,8 +197,7 @@ def _found(name: str) -> Path:
     except weights.WeightsNotFound:
         if "captioner-tiny" not in (REPOSITORIES.get(name), Path(name).name):
             raise
-        raise weights.WeightsNotFound(f"{name} is not there: python train.py --model captioner-tiny makes "
-                                      f"it in 17 minutes") from None  # fmt: skip
+        raise weights.WeightsNotFound(f"{name} is not there: python train.py --model captioner-tiny makes it") from None
 
 
 def _t5(name: str, device: torch.device) -> t5.Shortener:
