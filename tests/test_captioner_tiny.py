@@ -9,6 +9,7 @@ from PIL import Image
 import nanomed.captions
 from nanomed.captions import tiny
 from nanomed.data import grammar, toy
+from nanomed.evaluation import toyworld
 
 SCENES = [toy.scene(seed) for seed in range(60)]
 
@@ -17,7 +18,7 @@ def test_a_caption_says_what_the_scene_shows_and_the_reader_agrees():
     """`claims` is no other than what the organisers' prompts of the scene say, kind for kind."""
     right = named = 0
     for scene in SCENES:
-        said = tiny.claims(tiny.describe(scene))
+        said = grammar.claims(tiny.describe(scene))
         assert set(said) <= set(toy.prompts(scene)) and len(said) == 3 + bool(scene.polyps)
         a, b = tiny.judged(toy.render(scene, 96), tiny.describe(scene))
         right, named = right + a, named + b
@@ -25,8 +26,8 @@ def test_a_caption_says_what_the_scene_shows_and_the_reader_agrees():
 
 
 def test_what_a_caption_does_not_say_is_not_judged():
-    assert tiny.claims("An endoscopic image.") == tiny.claims("") == []
-    assert tiny.claims("one polyp: a red one in the nowhere.") == [grammar.count("polyp", 1)]
+    assert grammar.claims("An endoscopic image.") == grammar.claims("") == []
+    assert grammar.claims("one polyp: a red one in the nowhere.") == [grammar.count("polyp", 1)]
     assert tiny.judged(toy.render(SCENES[0], 96), "An endoscopic image.") == (0, 0)
 
 
@@ -35,6 +36,18 @@ def test_a_wrong_caption_is_told_from_a_right_one():
     image = toy.render(next(scene for scene in SCENES if not scene.polyps and not scene.box), 96)
     wrong = "one polyp: a red one in the center. There is a green box artefact."
     assert tiny.judged(image, wrong) == (0, 4)
+
+
+def test_images_drawn_from_captions_are_judged_by_what_those_say():
+    """As `evaluate.py` does: every sentence of a caption counts, and texts of another world do not."""
+    images = [toy.render(scene, 96) for scene in SCENES]
+    told = [tiny.describe(scene) for scene in SCENES]
+    right = toyworld.faithfulness(images, told)
+    assert len(right["prompt faithfulness"]) == sum(tiny.judged(*pair)[1] for pair in zip(images, told))
+    assert len(right["box artefact yes/no"]) == len(right["instrument yes/no"]) == len(SCENES)
+    wrong = toyworld.faithfulness(images, told[::-1])
+    assert sum(right["prompt faithfulness"]) > 1.5 * sum(wrong["prompt faithfulness"])
+    assert toyworld.faithfulness(images, ["A polyp."] * len(SCENES)) == {}
 
 
 def test_the_vocabulary_spells_every_caption():

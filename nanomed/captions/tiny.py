@@ -7,13 +7,12 @@ The network is that of networks/llava.py, saved in the layout of `-hf`: any code
 tower looks at 48 pixels in patches of 16, so that a patch of the whole image is one of the nine cells that the
 organisers' prompts speak of, and at four tiles of the image at 96.
 
-A caption says how many polyps there are, of which colour and in which cell, the box and the instrument; `claims` reads
-it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
+A caption says how many polyps there are, of which colour and in which cell, the box and the instrument;
+`grammar.claims` reads it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
 """
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ from nanomed.text.clip_vision import ClipVisionConfig
 
 SIDE = 96  # of the images it learns from
 OPENING = "An endoscopic image"
-NUMBERS = ("no polyps", "one polyp", "two polyps", "three polyps")
 PROMPT = "<image>describe:"
 MARKS = ("<s>", "</s>", "<image>")
 WRITTEN = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
@@ -47,38 +45,22 @@ HELD_OUT = 10_000_000  # scenes from here on are for judging
 def describe(scene: toy.Scene) -> str:
     """The caption that a scene deserves."""
     polyps = [f"a {polyp.color} one in the {polyp.cell}" for polyp in scene.polyps]
-    text = f"{OPENING} with {NUMBERS[len(polyps)]}"
+    text = f"{OPENING} with {grammar.NUMBERS[len(polyps)]}"
     text += f": {', '.join(polyps)}." if polyps else "."
     text += f" There is a {scene.box} box artefact." if scene.box else " There is no box artefact."
     return text + (" There is an instrument." if scene.instrument else " There is no instrument.")
 
 
-def claims(caption: str) -> list[str]:
-    """What a caption says, as prompts of the organisers' grammar; what it does not say is not among them."""
-    said = []
-    for number, words in enumerate(NUMBERS):
-        if re.search(rf"\b{words}\b", caption):
-            said.append(grammar.count("polyp", number))
-    cells = re.findall(r"one in the (\S+?)[,.](?=\s|$)", caption)
-    if cells and set(cells) <= set(grammar.CELLS):
-        said.append(grammar.located("abnormality", cells))
-    if match := re.search(r"There is (a|no)\b[^.]*\bbox artefact", caption):
-        said.append(grammar.not_containing(grammar.BOX) if match[1] == "no" else grammar.containing(grammar.BOX))
-    if match := re.search(r"There is (an|no) instrument", caption):
-        said.append(grammar.count("instrument", int(match[1] == "an")))
-    return said
-
-
 def judged(image: np.ndarray, caption: str) -> tuple[int, int]:
     """(attributes that a caption names rightly, attributes that it names), by the deterministic reader."""
-    pairs = [toy.faithful(image, prompt) for prompt in claims(caption)]
+    pairs = [toy.faithful(image, prompt) for prompt in grammar.claims(caption)]
     return sum(right for right, _ in pairs), sum(named for _, named in pairs)
 
 
 def tokenizer() -> Tokenizer:
     """Words and signs of all captions, spaces before words included."""
     cells = [f"one in the {cell}" for cell in grammar.CELLS]
-    texts = [OPENING, "describe:", *NUMBERS, *toy.POLYP_COLORS, *cells, "There is a green black box artefact. ",
+    texts = [OPENING, "describe:", *grammar.NUMBERS, *toy.POLYP_COLORS, *cells, "There is a green black box artefact. ",
              "There is an instrument, no with: a"]  # fmt: skip
     split = pre_tokenizers.Split(Regex(r" ?[\w-]+|\S| "), behavior="isolated")
     words = {word for text in texts for start in ("", " ") for word, _ in split.pre_tokenize_str(start + text)}

@@ -25,21 +25,29 @@ def faithfulness(images: Iterable[np.ndarray], prompts: Sequence[str]) -> dict[s
 
     images   uint8 (H, W, 3), one for each prompt
     Returns {"prompt faithfulness": every judgement, "box artefact yes/no": those about boxes, ...}; a measure is the
-    mean of its list. Prompts of another world name nothing that can be judged, and give nothing.
+    mean of its list. A caption of the toy world says several things. Prompts of another world name nothing that can be
+    judged, and give nothing.
     """
     judged: dict[str, list[bool]] = {"prompt faithfulness": []} | {label: [] for label in LABELS.values()}
     for image, prompt in zip(images, prompts):
-        try:
-            said = grammar.parse(prompt)
-        except ValueError:
-            continue
-        shown, named = toy.faithful(image, prompt)
-        judged["prompt faithfulness"] += [True] * shown + [False] * (named - shown)
         seen = toy.read(image)
-        for kind, label in LABELS.items():
-            if kind in said:
-                judged[label].append(said[kind] == seen["positions" if kind == "abnormality_at" else kind])
+        for sentence in _sentences(prompt):
+            shown, named = toy.faithful(image, sentence)
+            judged["prompt faithfulness"] += [True] * shown + [False] * (named - shown)
+            said = grammar.parse(sentence)
+            for kind, label in LABELS.items():
+                if kind in said:
+                    judged[label].append(said[kind] == seen["positions" if kind == "abnormality_at" else kind])
     return {label: answers for label, answers in judged.items() if answers}
+
+
+def _sentences(prompt: str) -> list[str]:
+    """The prompt, if it is one of the grammar, else what it says as a caption."""
+    try:
+        grammar.parse(prompt)
+    except ValueError:
+        return grammar.claims(prompt)
+    return [prompt]
 
 
 def train_stand_in(path: str, images: int = 3000, steps: int = 600, batch: int = 32) -> float:
