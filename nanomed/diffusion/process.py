@@ -157,7 +157,7 @@ class Diffusion:
             return torch.randint(self.length, (count,), device=device)
         mean, deviation = self.log_snr
         levels = mean + deviation * torch.randn(count, device=device)
-        known = self.abar(torch.arange(self.length, device=device), levels)
+        known = torch.as_tensor(self.abar(torch.arange(self.length, device=device), levels))
         return torch.searchsorted(-torch.logit(known), -levels).clamp(max=self.length - 1)
 
     def abar(self, t: Tensor | int, like: Tensor) -> Tensor | float:
