@@ -18,7 +18,7 @@ def test_a_caption_says_what_the_scene_shows_and_the_reader_agrees():
     """`claims` is no other than what the organisers' prompts of the scene say, kind for kind."""
     right = named = 0
     for scene in SCENES:
-        said = grammar.claims(tiny.describe(scene))
+        said = toy.claims(tiny.describe(scene))
         assert set(said) <= set(toy.prompts(scene)) and len(said) == 3 + bool(scene.polyps)
         a, b = tiny.judged(toy.render(scene, 96), tiny.describe(scene))
         right, named = right + a, named + b
@@ -26,8 +26,8 @@ def test_a_caption_says_what_the_scene_shows_and_the_reader_agrees():
 
 
 def test_what_a_caption_does_not_say_is_not_judged():
-    assert grammar.claims("An endoscopic image.") == grammar.claims("") == []
-    assert grammar.claims("one polyp: a red one in the nowhere.") == [grammar.count("polyp", 1)]
+    assert toy.claims("An endoscopic image.") == toy.claims("") == []
+    assert toy.claims("one polyp: a red one in the nowhere.") == [grammar.count("polyp", 1)]
     assert tiny.judged(toy.render(SCENES[0], 96), "An endoscopic image.") == (0, 0)
 
 

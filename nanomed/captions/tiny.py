@@ -8,7 +8,7 @@ tower looks at 48 pixels in patches of 16, so that a patch of the whole image is
 organisers' prompts speak of, and at four tiles of the image at 96.
 
 A caption says how many polyps there are, of which colour and in which cell, the box and the instrument;
-`grammar.claims` reads it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
+`toy.claims` reads it back as prompts of the organisers' grammar, which the toy world's deterministic reader judges.
 """
 
 import json
@@ -45,7 +45,7 @@ HELD_OUT = 10_000_000  # scenes from here on are for judging
 def describe(scene: toy.Scene) -> str:
     """The caption that a scene deserves."""
     polyps = [f"a {polyp.color} one in the {polyp.cell}" for polyp in scene.polyps]
-    text = f"{OPENING} with {grammar.NUMBERS[len(polyps)]}"
+    text = f"{OPENING} with {toy.NUMBERS[len(polyps)]}"
     text += f": {', '.join(polyps)}." if polyps else "."
     text += f" There is a {scene.box} box artefact." if scene.box else " There is no box artefact."
     return text + (" There is an instrument." if scene.instrument else " There is no instrument.")
@@ -53,14 +53,15 @@ def describe(scene: toy.Scene) -> str:
 
 def judged(image: np.ndarray, caption: str) -> tuple[int, int]:
     """(attributes that a caption names rightly, attributes that it names), by the deterministic reader."""
-    pairs = [toy.faithful(image, prompt) for prompt in grammar.claims(caption)]
-    return sum(right for right, _ in pairs), sum(named for _, named in pairs)
+    seen = toy.read(image)
+    right = [answer for prompt in toy.claims(caption) for answer in toy.answers(grammar.parse(prompt), seen)]
+    return sum(right), len(right)
 
 
 def tokenizer() -> Tokenizer:
     """Words and signs of all captions, spaces before words included."""
     cells = [f"one in the {cell}" for cell in grammar.CELLS]
-    texts = [OPENING, "describe:", *grammar.NUMBERS, *toy.POLYP_COLORS, *cells, "There is a green black box artefact. ",
+    texts = [OPENING, "describe:", *toy.NUMBERS, *toy.POLYP_COLORS, *cells, "There is a green black box artefact. ",
              "There is an instrument, no with: a"]  # fmt: skip
     split = pre_tokenizers.Split(Regex(r" ?[\w-]+|\S| "), behavior="isolated")
     words = {word for text in texts for start in ("", " ") for word, _ in split.pre_tokenize_str(start + text)}

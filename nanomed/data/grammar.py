@@ -27,7 +27,6 @@ GLUED = (("polyp snare", "tube"), ("a polyp", "oesophagitis"), ("biopsy forceps"
          ("biopsy forceps", "metal clip"), ("a polyp", "ulcerative colitis"), ("polyp snare", "metal clip"),
          ("metal clip", "tube"))  # fmt: skip
 COUNTS = {"finding": (0, 1, 2, 3, 4, 5, 6, 16), "instrument": (0, 1, 2, 3), "polyp": (0, 1, 2, 3, 4, 5, 6, 16)}
-NUMBERS = ("no polyps", "one polyp", "two polyps", "three polyps")  # as a caption of the toy world counts
 STRAY = "Generate an image with Pink findings."
 
 # ------------------------------------------------------------------------------------------------- writing prompts
@@ -172,23 +171,6 @@ _READ = {
     "procedure": lambda prompt, name: {"procedure": name},
     "located": _located,
 }
-
-
-def claims(caption: str) -> list[str]:
-    """What a caption of the toy world says (nanomed/captions/tiny.py writes them), as prompts of this grammar; of other
-    texts, and of what it does not say, nothing."""
-    said = []
-    for number, words in enumerate(NUMBERS):
-        if re.search(rf"\b{words}\b", caption):
-            said.append(count("polyp", number))
-    cells = re.findall(r"one in the (\S+?)[,.](?=\s|$)", caption)
-    if cells and set(cells) <= set(CELLS):
-        said.append(located("abnormality", cells))
-    if match := re.search(r"There is (a|no)\b[^.]*\bbox artefact", caption):
-        said.append(not_containing(BOX) if match[1] == "no" else containing(BOX))
-    if match := re.search(r"There is (an|no) instrument", caption):
-        said.append(count("instrument", int(match[1] == "an")))
-    return said
 
 
 # ------------------------------------------------------------------------------------------------------ all prompts

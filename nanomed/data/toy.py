@@ -7,6 +7,7 @@ at any size; the palette is chosen such that hue alone tells mucosa, polyp, inst
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ POLYP_COLORS = {"pink": (238, 112, 172), "red": (200, 34, 84), "purple": (148, 5
                 "burgundy": (124, 20, 66)}  # fmt: skip
 DIAMETERS = dict(zip(grammar.SIZES, (0.17, 0.20, 0.24, 0.28)))  # of the image's side; a cell is 0.33
 STEEL, GREEN = np.array([138, 156, 186], np.float32), np.array([34, 158, 72], np.float32)
+NUMBERS = ("no polyps", "one polyp", "two polyps", "three polyps")  # as a caption counts
 BOX = (0.02, 0.75, 0.26, 0.98)  # left, top, right, bottom: where the organisers' images have the scope guide
 
 
@@ -402,19 +404,31 @@ def read(image: np.ndarray) -> dict[str, object]:
     }
 
 
-def faithful(image: np.ndarray, prompt: str) -> tuple[int, int]:
-    """(attributes the image shows as the prompt says, attributes the prompt names that `read` can judge).
+def answers(said: dict[str, object], seen: dict[str, object]) -> list[bool]:
+    """Of what a prompt says (`grammar.parse`), all that `read` can judge, whether the image seen shows it: box yes or
+    no, polyp yes or no, the number of polyps, their places (right when the set of cells is), instrument yes or no."""
+    judged = {key: key for key in ("box", "polyp", "polyps", "instrument")} | {"abnormality_at": "positions"}
+    return [said[key] == seen[judged[key]] for key in judged if key in said]
 
-    Judged are: box yes or no, polyp yes or no, the number of polyps, their places (right when the set of cells is),
-    instrument yes or no.
-    """
-    said, seen = grammar.parse(prompt), read(image)
-    judged = {
-        "box": "box",
-        "polyp": "polyp",
-        "polyps": "polyps",
-        "abnormality_at": "positions",
-        "instrument": "instrument",
-    }
-    named = [key for key in judged if key in said]
-    return sum(said[key] == seen[judged[key]] for key in named), len(named)
+
+def faithful(image: np.ndarray, prompt: str) -> tuple[int, int]:
+    """(attributes the image shows as the prompt says, attributes the prompt names that `read` can judge)."""
+    right = answers(grammar.parse(prompt), read(image))
+    return sum(right), len(right)
+
+
+def claims(caption: str) -> list[str]:
+    """What a caption of this world says (nanomed/captions/tiny.py writes them), as prompts of the organisers' grammar;
+    of other texts, and of what it does not say, nothing."""
+    said = []
+    for number, words in enumerate(NUMBERS):
+        if re.search(rf"\b{words}\b", caption):
+            said.append(grammar.count("polyp", number))
+    cells = re.findall(r"one in the (\S+?)[,.](?=\s|$)", caption)
+    if cells and set(cells) <= set(CELLS):
+        said.append(grammar.located("abnormality", cells))
+    if match := re.search(r"There is (a|no)\b[^.]*\bbox artefact", caption):
+        said.append(grammar.not_containing(grammar.BOX) if match[1] == "no" else grammar.containing(grammar.BOX))
+    if match := re.search(r"There is (an|no) instrument", caption):
+        said.append(grammar.count("instrument", int(match[1] == "an")))
+    return said

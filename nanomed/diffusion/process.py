@@ -34,8 +34,6 @@ class Diffusion:
                  the most that it divides by
     variance     of an ancestral step: "fixed_small" (the posterior's), "fixed_large" (beta), or "learned_range", where
                  a second half of the channels says how far between the two (Nichol & Dhariwal 2021, eq. 15)
-    log_snr      mean and deviation of the log SNR, log(abar / (1 - abar)), of the timesteps that a training draws;
-                 None: all timesteps alike
     final_alpha  abar where DDIM and PNDM end: 1, or abar_0 as Stable Diffusion's files have it; the others end at 1
     """
 
@@ -48,7 +46,6 @@ class Diffusion:
     clip: float = 0.0
     threshold: float = 0.0
     variance: str = "fixed_small"
-    log_snr: tuple[float, float] | None = None
     final_alpha: float = 1.0
     length: int = 1000
     betas: Tensor = field(init=False, repr=False)  # (length,) float32
@@ -148,17 +145,6 @@ class Diffusion:
             except ValueError:
                 continue
         return 1
-
-    def draw(self, count: int, device: torch.device) -> Tensor:
-        """Timesteps (count,) to train at. With `log_snr`, the first whose log SNR is not above a normal one, as
-        Karras et al. 2022 (section 5) draw noise levels: few where little is to be learned, in images that are nearly
-        clean and in those that are nearly all noise. Beyond an end of the table, its last."""
-        if self.log_snr is None:
-            return torch.randint(self.length, (count,), device=device)
-        mean, deviation = self.log_snr
-        levels = mean + deviation * torch.randn(count, device=device)
-        known = torch.as_tensor(self.abar(torch.arange(self.length, device=device), levels))
-        return torch.searchsorted(-torch.logit(known), -levels).clamp(max=self.length - 1)
 
     def abar(self, t: Tensor | int, like: Tensor) -> Tensor | float:
         """abar_t, shaped to multiply `like` (B, ...); a float for an int t."""

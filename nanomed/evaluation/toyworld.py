@@ -30,24 +30,22 @@ def faithfulness(images: Iterable[np.ndarray], prompts: Sequence[str]) -> dict[s
     """
     judged: dict[str, list[bool]] = {"prompt faithfulness": []} | {label: [] for label in LABELS.values()}
     for image, prompt in zip(images, prompts):
-        seen = toy.read(image)
-        for sentence in _sentences(prompt):
-            shown, named = toy.faithful(image, sentence)
-            judged["prompt faithfulness"] += [True] * shown + [False] * (named - shown)
-            said = grammar.parse(sentence)
+        sentences = _sentences(prompt)
+        seen = toy.read(image) if sentences else {}
+        for said in sentences:
+            judged["prompt faithfulness"] += toy.answers(said, seen)
             for kind, label in LABELS.items():
                 if kind in said:
                     judged[label].append(said[kind] == seen["positions" if kind == "abnormality_at" else kind])
     return {label: answers for label, answers in judged.items() if answers}
 
 
-def _sentences(prompt: str) -> list[str]:
-    """The prompt, if it is one of the grammar, else what it says as a caption."""
+def _sentences(prompt: str) -> list[dict[str, object]]:
+    """What a prompt of the grammar says, else each thing that it says as a caption."""
     try:
-        grammar.parse(prompt)
+        return [grammar.parse(prompt)]
     except ValueError:
-        return grammar.claims(prompt)
-    return [prompt]
+        return [grammar.parse(claim) for claim in toy.claims(prompt)]
 
 
 def train_stand_in(path: str, images: int = 3000, steps: int = 600, batch: int = 32) -> float:

@@ -195,10 +195,9 @@ def glrlm(levels: np.ndarray) -> list[float]:
         values = flat.take(order)
         begins = np.flatnonzero(values[1:] != values[:-1]) + 1  # of runs, and of the last line's end
         level, lengths = values.take(begins[:-1]), begins[1:] - begins[:-1]
-        runs = len(level)  # those of no level too
-        if runs < inside or np.count_nonzero(level) < inside or _pairs_on_lines(order, values):
-            found.append((level, lengths))
-    return _of_tables(found).mean(0).tolist() if found else [np.nan] * len(GLRLM)
+        if np.count_nonzero(level) < inside or _pairs_on_lines(order, values):
+            found.append(_of_table(level, lengths))
+    return np.mean(found, 0).tolist() if found else [np.nan] * len(GLRLM)
 
 
 def _pairs_on_lines(order: np.ndarray, values: np.ndarray) -> bool:
@@ -256,7 +255,7 @@ def zones(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def glszm(levels: np.ndarray) -> list[float]:
     """GLSZM of grey levels (H, W)."""
-    return _of_tables([zones(levels)])[0].tolist()
+    return _of_table(*zones(levels))
 
 
 def gldm(levels: np.ndarray) -> list[float]:
@@ -267,47 +266,34 @@ def gldm(levels: np.ndarray) -> list[float]:
         same = flat[:-step] == flat[step:]
         depends[:-step] += same
         depends[step:] += same
-    found = dict(zip(_GLDM, _of_tables([(flat, depends)])[0].tolist()))
+    found = dict(zip(_GLDM, _of_table(flat, depends)))
     return [found[name] for name in GLDM]
 
 
-def _of_tables(tables: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The 16 features (tables, 16) that runs, zones and dependences share, of tables of the level (N,) and size (N,) of
-    each; level 0 is none, and every table has another. What is small is done for all tables at once."""
-    rows, most = (max(int(table[which].max()) for table in tables) for which in (0, 1))
-    if rows * most <= 4 * len(tables[0][0]):
-        j, place = np.arange(1, most + 1), np.arange(-1, most)
+def _of_table(level: np.ndarray, size: np.ndarray) -> list[float]:
+    """The 16 features that runs, zones and dependences share, from the level (N,) and size (N,) of each; level 0 is
+    none."""
+    rows, most = int(level.max()) + 1, int(size.max())
+    if rows * most <= 4 * len(level):
+        j, place = np.arange(1, most + 1), size - 1
     else:  # a few large ones: only sizes that occur
-        occurs = np.zeros(most + 1, dtype=bool)
-        for _, size in tables:
-            occurs[size] = True
-        j, place = np.flatnonzero(occurs), np.cumsum(occurs) - 1
-    rows, columns = rows + 1, len(j)
-    # Levels times columns, in one table of numbers with where sizes stand among j.
-    counts = np.stack([np.bincount(level * columns + (size - 1 if columns == most else place.take(size)),
-                                   minlength=rows * columns) for level, size in tables])  # fmt: skip
-    counts[:, :columns] = 0
-    cut = counts.reshape(-1, rows, columns)
-    by_level, by_size = cut.sum(2), cut.sum(1)  # (tables, rows), (tables, columns)
-    n = by_level.sum(1)[:, None]
-    codes = np.flatnonzero(counts.ravel() > 0)
-    row = codes // columns
-    first = np.searchsorted(row, np.arange(len(tables)) * rows)  # code of each table
-    i, squares = np.arange(rows, dtype=np.float64), j * (j * 1.0)
-    light = np.tile(i * i, len(tables))[row]
-    long = squares[codes - row * columns]
-    p = counts.ravel()[codes] / np.repeat(n, np.diff(first, append=len(codes)))
+        occurs = np.bincount(size) > 0
+        j, place = np.flatnonzero(occurs), (np.cumsum(occurs) - 1).take(size)
+    counts = np.bincount(level * len(j) + place, minlength=rows * len(j))
+    counts[: len(j)] = 0
+    by_level, by_size = (counts.reshape(rows, len(j)).sum(axis) for axis in (1, 0))
+    n = by_level.sum()
+    i, codes = np.arange(rows, dtype=np.float64), np.flatnonzero(counts > 0)
+    row = codes // len(j)
+    squares = j * (j * 1.0)
+    p, light, long = counts[codes] / n, (i * i)[row], squares[codes - row * len(j)]
     inverse, longer = p / long, p * long
-    joint, *emphases = np.add.reduceat(
-        [p * np.log2(p + EPS), inverse / light, inverse * light, longer / light, longer * light], first, 1
-    )
     pg, ps = by_level / n, by_size / n
-    n = n[:, 0]
-    return np.stack([
-        ps @ (1 / squares), ps @ squares, (pg * by_level).sum(1), (pg * pg).sum(1), (ps * by_size).sum(1),
-        (ps * ps).sum(1), n / (by_size @ j), (pg * (i - (pg @ i)[:, None]) ** 2).sum(1),
-        (ps * (j - (ps @ j)[:, None]) ** 2).sum(1), -joint, pg[:, 1:] @ (1 / i[1:] ** 2), pg @ (i * i), *emphases,
-    ], 1)  # fmt: skip
+    return [
+        ps @ (1 / squares), ps @ squares, pg @ by_level, pg @ pg, ps @ by_size, ps @ ps, n / (by_size @ j),
+        pg @ (i - pg @ i) ** 2, ps @ (j - ps @ j) ** 2, entropy(p), pg[1:] @ (1 / i[1:] ** 2), pg @ (i * i),
+        inverse @ (1 / light), inverse @ light, longer @ (1 / light), longer @ light,
+    ]  # fmt: skip
 
 
 def _sums(x: np.ndarray) -> np.ndarray:
@@ -317,20 +303,20 @@ def _sums(x: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(8)
-def _shares(shape: tuple[int, int]) -> np.ndarray:
-    """1 / how many neighbours each pixel of an image has (H W,)."""
-    return 1 / (_sums(np.pad(np.ones(shape), 1)) - 1).ravel()
+def _known(shape: tuple[int, int]) -> np.ndarray:
+    """How many of the 3 x 3 pixels around each lie in an image."""
+    return _sums(np.pad(np.ones(shape, dtype=np.int64), 1))
 
 
 def ngtdm(levels: np.ndarray) -> list[float]:
     """NGTDM of grey levels (H, W)."""
     inside, around = levels > 0, _sums(framed(levels))
-    if inside.all() and levels.size > 1:
-        share, around, level = _shares(levels.shape), around.ravel(), levels.ravel()
-        apart = np.abs(level - (around - level) * share)
+    if inside.all():
+        known, around, level = _known(levels.shape).ravel() - 1, around.ravel(), levels.ravel()
     else:
         known, around, level = (x[inside] for x in (_sums(framed(inside.astype(np.int64))) - 1, around, levels))
-        apart = np.abs(level - (around - level) / np.maximum(known, 1)) * (known > 0)
+    average = (around - level) / np.maximum(known, 1)
+    apart = np.abs(level - average) * (known > 0)
     counts = np.bincount(level)
     i = np.flatnonzero(counts)
     s, p = np.bincount(level, apart)[i], counts[i] / len(level)

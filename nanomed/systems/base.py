@@ -235,13 +235,12 @@ class System(Assembled):
         says: Diffusion | None = None,
         noising: Diffusion | None = None,
     ) -> Tensor:
-        """The distance between what `predict` says of x_t and what it should, at the timesteps that `noising` draws;
-        a scalar.
+        """The distance between what `predict` says of x_t and what it should, at uniform timesteps; a scalar.
 
         says      what kind of prediction it is; noising: under which noise and weights. Both are the system's diffusion
         """
         says, noising = says or self.diffusion, noising or self.diffusion
-        t = noising.draw(len(x0), x0.device)
+        t = torch.randint(noising.length, (len(x0),), device=x0.device)
         noise = torch.randn(x0.shape, device=x0.device)
         prediction = predict(noising.noised(x0, t, noise), t).float()
         loss = distance(prediction, says.target(x0, t, noise), reduction="none").flatten(1).mean(1)  # (B,)

@@ -42,7 +42,6 @@ RECIPES = {
     },
 }
 SAMPLERS = {"msdm": ("msdm", samplers.ddim), "ddim": ("msdm", samplers.ddim), "dpmpp": ("linspace", samplers.dpmpp_2m)}
-NOISE = dict(beta_start=0.002, beta_end=0.02, schedule="scaled_linear")
 DISTANCES = {"l1": F.l1_loss, "mse": F.mse_loss}
 OPTIONS = (Weighting, Reading)  # of train.py for these presets
 
@@ -51,15 +50,13 @@ class MSDM(System):
     """VAE + U-Net + CLIP text encoder; the last is the published ViT-L/14, frozen, or a small one that trains along.
 
     sampler   "msdm" (the paper's: DDIM with eta 1), "ddim" (eta 0) or "dpmpp" (DPM-Solver++ 2M)
-    noise     what its `Diffusion` has other than the paper's
     guidance  on the standard scale, 1 = none; the paper writes 3.5 for what is 4.5 here
     minmax    stretch every image to its own minimum and maximum, as the released code does before its metrics; the
               default maps [-1, 1] to [0, 1] and clamps
     """
 
     defaults = dict(size=256, text_length=64, latent_scale=1.0, self_conditioning=True, prediction="epsilon",
-                    loss="l1", snr_gamma=0.0, sampler="msdm", steps=150, guidance=4.5, minmax=False,
-                    noise={})  # fmt: skip
+                    loss="l1", snr_gamma=0.0, sampler="msdm", steps=150, guidance=4.5, minmax=False)  # fmt: skip
     name = "msdm"
     parts = {
         "text_encoder": Part(lambda **c: ClipText(ClipTextConfig(**c)), load_clip_text, TRANSFORMERS, CLIP_L, ""),
@@ -83,7 +80,7 @@ class MSDM(System):
         self.latent_shape = (self.vae.inc_dec.block_seq[0].conv_res.in_channels, side, side)
         learns = "text_encoder" in self.shapes
         self.stages = {"vae": ("vae",), "unet": ("unet", "text_encoder") if learns else ("unet",)}
-        self.diffusion = Diffusion(**NOISE | self.noise, prediction=self.prediction, spacing="msdm")
+        self.diffusion = Diffusion(0.002, 0.02, "scaled_linear", self.prediction, spacing="msdm")
         self._perceptual: list[VGGDistance] = []  # one, where VGG16's file is at hand; in a list, so it is no part
 
     @property
