@@ -463,9 +463,10 @@ def test_an_epoch_holds_every_pair_once_and_ranks_share_it(toy_rows):
     assert not [prompt for prompt in set(seen) if seen.count(prompt) > pairs.count(prompt)]
 
 
-def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows):
-    """ "upper-left" must stay true: a sample with a prompt is never mirrored."""
-    source = Batches(toy_rows, Samples(32, 2, dropout=0.5, augment=False), 8)
+@pytest.mark.parametrize("flips", [True, False])
+def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows, flips):
+    """ "upper-left" must stay true: a sample with a prompt is never mirrored; and without `flips` none is."""
+    source = Batches(toy_rows, Samples(32, 2, dropout=0.5, flips=flips, augment=False), 8)
     upright = {images.msdm_valid(images.open_rgb(row.file), 32).tobytes() for row in toy_rows}
     dropped = kept = flipped = 0
     for step in range(6):
@@ -478,7 +479,7 @@ def test_images_are_flipped_only_where_the_prompt_is_dropped(toy_rows):
             else:
                 dropped += 1
                 flipped += pixels not in upright
-    assert kept > 10 and dropped > 10 and flipped > 5
+    assert kept > 10 and dropped > 10 and (flipped > 5) == flips and (flips or not flipped)
 
 
 def test_prompts_that_name_a_place_can_be_drawn_more_often(toy_rows):

@@ -39,10 +39,11 @@ CHECKPOINT = re.compile(r"^(?P<stage>\w+)-step-(?P<step>\d+)$")
 # Settings that decide which numbers come next; a model's own may be absent. MADE decide what the weights are, too.
 MADE = ("model", "rank", "adapter", "text_adapter", "lora")
 CONTENTS = ("data", "captions", "paraphrases")  # where the contents lie, whose hash is compared
-DECISIVE = (*MADE, "seed", "batch", "accumulate", "alpha", "released", "size", "valid", "views", "augment", *CONTENTS,
-            "range", "strategy", "long_prompts", "join", "places", "places_first", "dropout", "buckets")  # fmt: skip
+DECISIVE = (*MADE, "seed", "batch", "accumulate", "alpha", "released", "size", "valid", "views", "augment", "flips",
+            *CONTENTS, "range", "strategy", "long_prompts", "join", "places", "places_first", "dropout",
+            "buckets")  # fmt: skip
 KEPT = ("world", "given")  # how the run began, and all the flags that were ever given
-LATER = {"buckets": False, "range": ""}  # settings that older runs do not name, and what they were
+LATER = {"buckets": False, "range": "", "flips": True}  # settings that older runs do not name, and what they were
 PASSING = ("resume", "resume_anyway", "out", "dry_run")  # flags of a command, and not of the run
 
 

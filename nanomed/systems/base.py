@@ -33,6 +33,7 @@ class Reading:
     join: Annotated[int, "1 .. 1000"] = 1  # up to this many prompts of an image in one, drawn anew every time
     places: Annotated[float, "0 .. 1"] = 0.0  # share of samples whose prompt says where something is, beyond chance
     places_first: Annotated[int, ">= 0"] = 0  # steps at the start, in which that share is all of them
+    flips: bool = True  # flip images whose prompt is dropped, as the paper; False: none is flipped
 
 
 @dataclass

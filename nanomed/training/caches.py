@@ -49,6 +49,7 @@ def samples(config, system, stage: str) -> Samples:
         join=getattr(config, "join", 1),
         places=getattr(config, "places", 0.0),
         places_first=getattr(config, "places_first", 0) * config.accumulate,
+        flips=getattr(config, "flips", True),
         trimmed=system.trimmed,
         shapes=shapes(config, system, stage),
     )
@@ -67,7 +68,7 @@ def images_of(table: Table, size: int, device: torch.device, batch: int = 32) ->
 
 
 def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks: Ranks) -> Columns | ByShape:
-    (parts, encode), looks = frozen, views(how.views, flips=how.dropout > 0)
+    (parts, encode), looks = frozen, views(how.views, how.flips and how.dropout > 0)
     fingerprints = [weights.fingerprint(system.get_submodule(part)) for part in parts.split()]
 
     def columns(numbers: Sequence[int], shape: Shape | None) -> Columns:
