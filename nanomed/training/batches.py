@@ -104,6 +104,11 @@ class Samples:
     trimmed: tuple[str, ...] = ()
     shapes: tuple[buckets.Shape, ...] = ()
 
+    @property
+    def looks(self) -> list[View]:
+        """The views that a cache of these samples holds."""
+        return views(self.views, self.flips and self.dropout > 0)
+
     def shaped(self, rows: Sequence[Row]) -> list[int]:
         """Of every row, which of the shapes its image goes to."""
         return [buckets.nearest(self.shapes, *images.size_of(row.file)) for row in rows]
@@ -155,7 +160,7 @@ class Batches:
         accumulate: int = 1,
     ):
         self.rows, self.how, self.batch, self.ranks, self.kept = rows, how, batch, ranks, kept
-        self.views = views(how.views, how.flips and how.dropout > 0)
+        self.views = how.looks
         self.placed = how.places_first * batch * ranks.world  # samples, of all processes together
         if how.pairs:
             self.items = [(i, j) for i, row in enumerate(rows) for j in [*range(len(row.prompts))] * row.weight]

@@ -12,7 +12,7 @@ from nanomed.data.table import Table
 from nanomed.run.cache import Cache, Columns
 from nanomed.run.progress import progress
 from nanomed.run.ranks import Ranks
-from nanomed.training.batches import Batches, ByShape, Kept, Samples, View, framed, pixels, views
+from nanomed.training.batches import Batches, ByShape, Kept, Samples, View, framed, pixels
 
 
 def batches(config, system, stage: str, table: Table, ranks: Ranks) -> Batches:
@@ -68,7 +68,7 @@ def images_of(table: Table, size: int, device: torch.device, batch: int = 32) ->
 
 
 def _images(cache: str, system, frozen: tuple, table: Table, how: Samples, ranks: Ranks) -> Columns | ByShape:
-    (parts, encode), looks = frozen, views(how.views, how.flips and how.dropout > 0)
+    (parts, encode), looks = frozen, how.looks
     fingerprints = [weights.fingerprint(system.get_submodule(part)) for part in parts.split()]
 
     def columns(numbers: Sequence[int], shape: Shape | None) -> Columns:
